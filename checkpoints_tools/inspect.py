@@ -1,0 +1,136 @@
+"""Describes a GGUF file as text: any architecture, any known tensor type."""
+
+import math
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from checkpoints_tools import hparams
+from checkpoints_tools.gguf_file import GGUFError, GGUFFile, open_gguf
+from checkpoints_tools.gguf_metadata import Field
+from checkpoints_tools.layout import check_layout
+from mla_jax.config import ModelConfig
+
+_MAX_ELEMENTS = 6  # of an array that are shown
+_MAX_TEXT = 60
+_CACHE_BYTES = 2  # f16, the default cache
+
+
+def describe(path: str | os.PathLike) -> str:
+    """Returns a description of a GGUF file: sizes, cache per token, key-values and tensors.
+
+    Args:
+      path: the file, or the first part of a split one. No tensor data is read.
+
+    Returns:
+      Text of many lines, without a newline at the end. For a file that cannot be run, the reason is in it.
+
+    Raises:
+      GGUFError: if the container itself is not sound.
+    """
+    file = open_gguf(path)
+    parts = [_summary(file), _keys(file), _tensors(file)]
+    return "\n\n".join(parts)
+
+
+def _summary(file: GGUFFile) -> str:
+    num_weights = sum(math.prod(info.shape) for info in file.tensors.values())
+    num_bytes = sum(info.num_bytes for info in file.tensors.values())
+    rows = [
+        ("file", file.path),
+        ("architecture", _short(file.metadata.get("general.architecture"))),
+        ("name", _short(file.metadata.get("general.name"))),
+        ("tensors", f"{len(file.tensors)}, {num_weights:,} weights, {num_bytes:,} bytes"),
+        ("bits per weight", f"{8 * num_bytes / num_weights:.2f}" if num_weights else "-"),
+        ("types", _type_counts(file)),
+    ]
+    try:
+        config = hparams.model_config(file.metadata, file.tensors, file.path)
+        check_layout(config, file.tensors, file.path)
+        rows += _sizes(config)
+    except GGUFError as error:
+        rows.append(("cannot be run", str(error).removeprefix(f"{file.path}: ")))
+    return _columns(rows)
+
+
+def _type_counts(file: GGUFFile) -> str:
+    counts: dict[str, int] = {}
+    for info in file.tensors.values():
+        counts[info.type_name] = counts.get(info.type_name, 0) + 1
+    return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "-"
+
+
+def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
+    mla, moe = config.mla, config.moe
+    row = mla.kv_lora_rank + mla.qk_rope_head_dim
+    heads = mla.num_heads * (mla.qk_head_dim + mla.v_head_dim)
+    compression = "no" if mla.q_lora_rank is None else mla.q_lora_rank
+    sizes = [
+        ("layers", f"{config.num_layers}, {config.num_dense_layers} of them dense"),
+        ("embedding", f"{config.embed_dim}, vocabulary {config.vocab_size}"),
+        ("context", f"{config.context_length}, rope scaling {config.rope.scaling} x {config.rope.factor:g}"),
+        (
+            "attention",
+            f"{mla.num_heads} heads of {mla.qk_nope_head_dim} + {mla.qk_rope_head_dim} rotary, values "
+            f"{mla.v_head_dim}, latent {mla.kv_lora_rank}, query compression {compression}",
+        ),
+    ]
+    if moe is not None:
+        groups = f", best {moe.num_groups_used} of {moe.num_groups} groups" if moe.num_groups > 1 else ""
+        sizes.append(
+            (
+                "experts",
+                f"{moe.num_experts_per_token} of {moe.num_experts} by {moe.gating}{groups}, "
+                f"{moe.num_shared_experts} shared, hidden {moe.expert_hidden_dim}",
+            )
+        )
+    return [
+        *sizes,
+        (
+            "cache per token",
+            f"{config.num_layers * row * _CACHE_BYTES:,} bytes of latent in f16 (mla 1 to 3), "
+            f"{config.num_layers * heads * _CACHE_BYTES:,} bytes of keys and values (mla 0)",
+        ),
+    ]
+
+
+def _keys(file: GGUFFile) -> str:
+    rows = [(_plain(key), field.type_name, _show(field)) for key, field in file.metadata.fields.items()]
+    return _columns([("key", "type", "value"), *rows])
+
+
+def _tensors(file: GGUFFile) -> str:
+    rows = [
+        (_plain(info.name), " x ".join(map(str, info.shape)), info.type_name, f"{info.num_bytes:,}")
+        for info in file.tensors.values()
+    ]
+    return _columns([("tensor", "shape", "type", "bytes"), *rows])
+
+
+def _show(field: Field) -> str:
+    if field.count is None:
+        return _short(field.value())
+    shown = [_short(element) for element in field.value(limit=_MAX_ELEMENTS)]
+    more = ["..."] if field.count > len(shown) else []
+    return f"[{', '.join(shown + more)}] ({field.count})"
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.7g}" if isinstance(value, float) else _plain(value)
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
+
+
+def _plain(value: Any) -> str:
+    """Returns text that a terminal shows as it is: control characters are escaped."""
+    is_odd = isinstance(value, str) and (not value.isprintable() or value != value.strip() or not value)
+    return repr(value) if is_odd else str(value)
+
+
+def _columns(rows: Iterable[tuple[str, ...]]) -> str:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,103 @@
+"""`Checkpoint` -> GGUF file: loaded models byte by byte as they were, trained ones as new files."""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from checkpoints_tools import hparams, layout, names
+from checkpoints_tools.ggml_types import IDS, TYPES
+from checkpoints_tools.gguf_writer import TensorData, write_gguf
+from checkpoints_tools.load import Checkpoint
+from mla_jax import quant
+from mla_jax.config import ModelConfig
+from mla_jax.quant import QuantizedTensor
+
+_PLAIN_TYPES = {"float32": IDS["f32"], "float16": IDS["f16"], "bfloat16": IDS["bf16"]}
+
+
+def save_gguf(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint; one that was loaded gets back every key and tensor byte by byte, in order.
+
+    Args:
+      path: the file; it may be the one that the checkpoint came from. Split files become one.
+      checkpoint: from `load_gguf`, or made of trained parameters.
+
+    Raises:
+      ValueError: if a parameter has no GGUF name or type, or one that the file had is gone.
+      OSError: if the file cannot be written.
+    """
+    leaves = names.flatten(checkpoint.params)
+    order = dict.fromkeys([*checkpoint.file_shapes, *leaves, *checkpoint.unread])
+    tensors = []
+    for name in order:
+        if name in leaves:
+            tensors.append(_tensor(name, leaves[name], checkpoint.file_shapes.get(name)))
+        elif name in checkpoint.unread:
+            kept = checkpoint.unread[name]
+            tensors.append(TensorData(name, kept.shape, kept.ggml_type, kept.data))
+        else:
+            raise ValueError(
+                f"{os.fspath(path)}: parameter {name!r} of the loaded file must be there, it is not."
+            )
+    write_gguf(path, checkpoint.metadata, tensors)
+
+
+def export_gguf(
+    path: str | os.PathLike,
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    *,
+    tokenizer_metadata: Mapping[str, Any],
+    weight_type: str = "q8_0",
+) -> None:
+    """Writes parameters trained here as a new GGUF file.
+
+    Args:
+      path: the file.
+      params: nested dict of float32 arrays, as `nn.init_params` makes it.
+      config: the model.
+      tokenizer_metadata: key-values `tokenizer.*`, plain values; keys `general.*` may be among them.
+      weight_type: "f32", "f16", "bf16" or "q8_0", for matrices; vectors and routers stay float32, and so do
+        matrices whose rows are no whole number of blocks.
+
+    Raises:
+      ValueError: if a parameter has no GGUF name, is not finite in the type, or does not have the shape that
+        the config asks for.
+      OSError: if the file cannot be written.
+    """
+    leaves = {name: np.asarray(leaf) for name, leaf in names.flatten(params).items()}
+    expected = layout.expected_shapes(config, leaves)
+    for name in dict.fromkeys([*expected, *leaves]):
+        found = leaves[name].shape if name in leaves else None
+        if found != expected.get(name):
+            raise ValueError(f"parameter {name!r} must have shape {expected.get(name)}, got {found}.")
+    tensors = [_encode(name, leaves[name], weight_type) for name in expected]
+    write_gguf(path, hparams.metadata(config) | dict(tokenizer_metadata), tensors)
+
+
+def _encode(name: str, weight: np.ndarray, weight_type: str) -> TensorData:
+    ggml_type = IDS.get(weight_type)
+    if ggml_type is None:
+        raise ValueError(f"weight_type must be f32, f16, bf16 or q8_0, got {weight_type!r}.")
+    is_small = weight.ndim == 1 or name.endswith("ffn_gate_inp.weight")
+    if is_small or weight.shape[-1] % TYPES[ggml_type].block_size:
+        weight_type, ggml_type = "f32", IDS["f32"]
+    return TensorData(name, weight.shape, ggml_type, quant.encode(weight, weight_type))
+
+
+def _tensor(name: str, leaf: jax.Array | QuantizedTensor, file_shape: tuple[int, ...] | None) -> TensorData:
+    """Describes a parameter as a tensor; old files have some as matrices, with the same bytes."""
+    if isinstance(leaf, QuantizedTensor):
+        ggml_type, data = quant.FORMATS[leaf.format].ggml_type, leaf.blocks
+    elif leaf.dtype.name in _PLAIN_TYPES:
+        ggml_type, data = _PLAIN_TYPES[leaf.dtype.name], leaf
+    else:
+        raise ValueError(
+            f"parameter {name!r} must be float32, float16, bfloat16 or blocks, got {leaf.dtype}."
+        )
+    is_same_size = file_shape is not None and math.prod(file_shape) == math.prod(leaf.shape)
+    return TensorData(name, file_shape if is_same_size else leaf.shape, ggml_type, data)

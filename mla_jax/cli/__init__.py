@@ -1,0 +1,5 @@
+"""The command `mla-jax`. `flags` says what may be asked, `argv` reads it, one file per command does it."""
+
+from mla_jax.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,202 @@
+"""What each command does with its flags."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+import sys
+import time
+
+import jax
+from absl import logging as absl_logging
+
+import checkpoints_tools
+from mla_jax import corpus, presets, sampler, steps
+from mla_jax import generate as generate_lib
+from mla_jax.cli.argv import UsageError
+
+
+def generate(values):
+    """Streams the continuation of `--prompt` to stdout, and its speed to stderr."""
+    if not values.prompt:
+        raise UsageError("--prompt must be given and not be empty: it is the text to continue.")
+    drawing = _drawing(values)
+    model = _load(values)
+    pieces = model.stream_generate(values.prompt, **drawing)
+    if values.display_prompt:
+        _write(values.prompt)
+    reason = _print_stream(pieces)
+    _write("\n")
+    _report(model, reason)
+
+
+def chat(values):
+    """Reads turns from stdin until it ends; the cache keeps what earlier turns computed."""
+    drawing = _drawing(values)
+    model = _load(values)
+    messages = []
+    if values.system_prompt:
+        messages.append({"role": "system", "content": values.system_prompt})
+    while True:
+        if sys.stdin.isatty():
+            _write("> ")
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/exit":
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.rstrip("\n")})
+        answer = []
+        pieces = model.stream_generate(model.encode_chat(messages), reuse_prefix=True, **drawing)
+        reason = _print_stream(pieces, answer)
+        _write("\n")
+        _report(model, reason)
+        messages.append({"role": "assistant", "content": "".join(answer)})
+
+
+def inspect(values):
+    """Prints metadata and tensors of a GGUF file, of any architecture."""
+    _write(checkpoints_tools.describe(values.model) + "\n")
+
+
+def train(values):
+    """Trains the packaged model's architecture on the standard library and writes it as Q8_0 GGUF."""
+    if values.out is None:
+        raise UsageError("--out must be given: the GGUF file to write.")
+    out = pathlib.Path(values.out)
+    if not out.parent.is_dir():
+        raise UsageError(f"--out must lie in a folder that exists, got {values.out!r}.")
+    from mla_jax import train as train_lib  # orbax takes half a second to import: not for other commands
+
+    defaults = train_lib.TrainConfig()
+    plan = train_lib.TrainConfig(
+        steps=values.steps,
+        long_steps=min(values.long_steps, values.steps // 10),
+        warmup_steps=min(defaults.warmup_steps, values.steps // 10),
+        batch=values.batch,
+        window=values.window,
+        learning_rate=values.learning_rate,
+        seed=values.seed,
+    )
+    documents = corpus.standard_library()
+    vocabulary = corpus.train_vocabulary(documents.train, presets.PACKAGED.vocab_size)
+    stream = corpus.encode_documents(vocabulary, documents.train)
+    _tell(f"{stream.size} tokens of {len(documents.train)} files to train on")
+    params = train_lib.fit(stream, presets.PACKAGED, plan, pathlib.Path(values.folder), report=_tell)
+    held_out = corpus.encode_documents(vocabulary, documents.held_out)
+    num_bytes = sum(len(text.encode()) for text in documents.held_out)
+    bits = train_lib.bits_per_byte(params, held_out, num_bytes, presets.PACKAGED)
+    _tell(f"{bits:.3f} bits per byte on {len(documents.held_out)} held-out files of {num_bytes} bytes")
+    checkpoints_tools.export_gguf(
+        out,
+        params,
+        presets.PACKAGED,
+        tokenizer_metadata=corpus.vocabulary_metadata(vocabulary),
+        weight_type="q8_0",
+    )
+    _tell(f"wrote {out}")
+
+
+def _load(values):
+    _show_log()
+    _choose_device(values)
+    started = time.perf_counter()
+    cache, told = _compilation_cache()
+    model = generate_lib.load(
+        values.model,
+        mla=int(values.mla),
+        flash=values.flash_attn != "off",
+        cache_type=values.cache_type_k,
+        ctx_size=values.ctx_size,
+        ubatch=min(values.batch_size, values.ubatch_size),
+        group_routing=values.grouped_expert_routing,
+        compilation_cache=cache,
+    )
+    seconds = time.perf_counter() - started
+    _tell(f"loaded {values.model} in {seconds:.1f} s; context {model.ctx_size} tokens; {told}")
+    if model.ctx_size > model.config.context_length:
+        _tell(
+            f"the context is longer than the {model.config.context_length} tokens that the model was made for"
+        )
+    return model
+
+
+def _show_log():
+    """Shows what loading has to say on stderr, as plain sentences."""
+    logging.basicConfig(format="%(message)s")
+    absl_logging.get_absl_logger().setLevel(logging.INFO)
+
+
+def _compilation_cache():
+    """Returns the folder for compiled code, None where there can be none, and a clause that says so."""
+    folder = steps.COMPILATION_CACHE
+    try:
+        steps.use_compilation_cache(folder)
+    except OSError as error:
+        return None, f"compiled code is not kept: {folder}: {error.strerror}"
+    return folder, f"compiled code is kept in {folder}"
+
+
+def _choose_device(values):
+    if values.threads is not None:
+        if not hasattr(os, "sched_setaffinity"):
+            raise UsageError(
+                "--threads cannot be used on this system: it has no way to restrict a process to cores."
+            )
+        allowed = sorted(os.sched_getaffinity(0))
+        if values.threads > len(allowed):
+            raise UsageError(
+                f"--threads must be at most the {len(allowed)} cores of this machine, got {values.threads}."
+            )
+        os.sched_setaffinity(0, allowed[: values.threads])
+    if values.n_gpu_layers == 0:
+        jax.config.update("jax_platforms", "cpu")
+    elif jax.default_backend() != "gpu":
+        _tell(f"-ngl {values.n_gpu_layers}: there is no GPU that JAX can use, so everything runs on the CPU")
+
+
+def _drawing(values):
+    """Returns how to draw as keywords of `stream_generate`, checked before a model is loaded for it."""
+    if values.predict == 0:
+        raise UsageError("--predict must be positive, or -1 for no limit, got 0.")
+    params = sampler.SamplingParams(
+        temperature=values.temp,
+        top_k=values.top_k,
+        top_p=values.top_p,
+        min_p=values.min_p,
+        typical_p=values.typical,
+        repeat_penalty=values.repeat_penalty,
+        penalty_last_n=values.repeat_last_n,
+        presence_penalty=values.presence_penalty,
+        frequency_penalty=values.frequency_penalty,
+        seed=None if values.seed < 0 else values.seed,
+    )
+    return dict(dataclasses.asdict(params), max_tokens=values.predict)
+
+
+def _print_stream(pieces, answer=None):
+    reason = None
+    for piece in pieces:
+        _write(piece.text)
+        if answer is not None:
+            answer.append(piece.text)
+        reason = piece.finish_reason
+    return reason
+
+
+def _report(model, reason):
+    timings = model.timings
+    speed = timings.decoded_tokens / timings.decode_seconds if timings.decoded_tokens else 0.0
+    _tell(
+        f"{timings.prompt_tokens} prompt tokens, first token after {timings.prompt_seconds:.2f} s, "
+        f"then {timings.decoded_tokens} at {speed:.1f} tokens/s; finished: {reason}"
+    )
+
+
+def _write(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _tell(text):
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,184 @@
+"""Every flag of every command, named as in ik_llama.cpp."""
+
+from absl import flags
+
+from mla_jax import config as config_lib
+from mla_jax import generate as generate_lib
+from mla_jax import sampler
+
+ALIASES = {
+    "m": "model",
+    "p": "prompt",
+    "n": "predict",
+    "n_predict": "predict",
+    "c": "ctx_size",
+    "mla_use": "mla",
+    "fa": "flash_attn",
+    "ctk": "cache_type_k",
+    "ngl": "n_gpu_layers",
+    "gpu_layers": "n_gpu_layers",
+    "b": "batch_size",
+    "ub": "ubatch_size",
+    "t": "threads",
+    "s": "seed",
+    "temperature": "temp",
+    "ger": "grouped_expert_routing",
+    "sys": "system_prompt",
+    "h": "help",
+    "ser": "smart_expert_reduction",
+    "khad": "k_cache_hadamard",
+    "vhad": "v_cache_hadamard",
+    "ctv": "cache_type_v",
+    "amb": "attention_max_batch",
+    "rtr": "run_time_repack",
+    "ot": "override_tensor",
+    "cmoe": "cpu_moe",
+    "ncmoe": "n_cpu_moe",
+    "sm": "split_mode",
+    "ts": "tensor_split",
+    "mg": "main_gpu",
+    "fmoe": "fused_moe",
+    "mqkv": "merge_qkv",
+    "np": "parallel",
+    "tb": "threads_batch",
+}
+
+_NOT_YET = "it has no effect in this version."
+REFUSED = {
+    "smart_expert_reduction": f"Smart Expert Reduction is not built yet, so {_NOT_YET}",
+    "k_cache_hadamard": f"it rotates a quantised cache, and here the cache is not quantised, so {_NOT_YET}",
+    "v_cache_hadamard": "values are a part of the latent cache and are not rotated apart.",
+    "cache_type_v": "values are a part of the latent cache, so its type is that of --cache-type-k.",
+    "attention_max_batch": f"flash attention keeps a chunk of scores at a time already, so {_NOT_YET}",
+    "run_time_repack": f"weights are read in the blocks of the file, so {_NOT_YET}",
+    "override_tensor": f"every tensor lies on one device, so {_NOT_YET}",
+    "cpu_moe": f"every tensor lies on one device, so {_NOT_YET}",
+    "n_cpu_moe": f"every tensor lies on one device, so {_NOT_YET}",
+    "split_mode": f"the model runs on one device, so {_NOT_YET}",
+    "tensor_split": f"the model runs on one device, so {_NOT_YET}",
+    "main_gpu": f"the model runs on the first device, so {_NOT_YET}",
+    "fused_moe": f"the expert product has one form, so {_NOT_YET}",
+    "merge_qkv": f"weights are read as the file has them, so {_NOT_YET}",
+    "parallel": f"one sequence is generated at a time, so {_NOT_YET}",
+    "threads_batch": "prompt and generation use the same threads; give --threads.",
+}
+
+_LATER_CACHE_TYPES = ("q8_0", "q8_KV", "q6_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+REFUSED |= {
+    f"cache_type_k={name}": "a quantised cache is not built yet; the types so far are f32, f16 and bf16."
+    for name in _LATER_CACHE_TYPES
+}
+
+_INT32_UPPER = 2**31 - 1
+_SEED_UPPER = 2**32 - 1
+
+
+def _model(values):
+    default = str(generate_lib.PACKAGED_MODEL)
+    flags.DEFINE_string("model", default, "GGUF file; without it, the packaged model.", flag_values=values)
+
+
+def _run(values):
+    own = dict(flag_values=values)
+    flags.DEFINE_integer(
+        "ctx_size",
+        None,
+        "tokens of context; 0: as many as the model was made for.",
+        lower_bound=0,
+        upper_bound=_INT32_UPPER,
+        **own,
+    )
+    flags.DEFINE_enum(
+        "mla", "3", "0 1 2 3".split(), "0: cache per head, 1: absorbed, 2: mixed, 3: FlashMLA-3.", **own
+    )
+    flags.DEFINE_enum(
+        "flash_attn", "on", ["on", "off", "auto"], "on and auto: attend to the cache in chunks.", **own
+    )
+    flags.DEFINE_enum("cache_type_k", "f16", config_lib.CACHE_TYPES, "type of the cache.", **own)
+    flags.DEFINE_integer(
+        "batch_size", 2048, "prompt tokens at a time; the smaller of -b and -ub counts.", lower_bound=1, **own
+    )
+    flags.DEFINE_integer(
+        "ubatch_size", generate_lib.DEFAULT_UBATCH, "see --batch-size.", lower_bound=1, **own
+    )
+    flags.DEFINE_integer(
+        "n_gpu_layers", 0, "0: run on the CPU; the model's layers or more, as 999: GPU.", lower_bound=0, **own
+    )
+    flags.DEFINE_integer("threads", None, "CPU cores to use; without it, all.", lower_bound=1, **own)
+    flags.DEFINE_boolean(
+        "grouped_expert_routing", True, "route within expert groups if the file has them.", **own
+    )
+
+
+def _sampling(values):
+    own = dict(flag_values=values)
+    flags.DEFINE_integer(
+        "predict", -1, "tokens to draw; -1: until the context is full.", lower_bound=-1, **own
+    )
+    flags.DEFINE_integer(
+        "seed",
+        -1,
+        "same seed, same text; -1: another each time.",
+        lower_bound=-1,
+        upper_bound=_SEED_UPPER,
+        **own,
+    )
+    flags.DEFINE_float("temp", 0.8, "temperature; 0: always the likeliest token.", lower_bound=0.0, **own)
+    flags.DEFINE_integer(
+        "top_k",
+        40,
+        "draw from the k likeliest tokens; 0: off.",
+        lower_bound=0,
+        upper_bound=_INT32_UPPER,
+        **own,
+    )
+    flags.DEFINE_float("top_p", 0.95, "draw from the likeliest tokens of this probability; 1: off.", **own)
+    flags.DEFINE_float("min_p", 0.05, "drop tokens below this share of the likeliest's; 0: off.", **own)
+    flags.DEFINE_float("typical", 1.0, "draw from locally typical tokens of this probability; 1: off.", **own)
+    flags.DEFINE_float("repeat_penalty", 1.0, "divide the logits of recent tokens; 1: off.", **own)
+    flags.DEFINE_integer(
+        "repeat_last_n",
+        sampler.NUM_RECENT,
+        "recent tokens that penalties see.",
+        lower_bound=0,
+        upper_bound=sampler.NUM_RECENT,
+        **own,
+    )
+    flags.DEFINE_float("presence_penalty", 0.0, "subtract from logits of recent tokens; 0: off.", **own)
+    flags.DEFINE_float("frequency_penalty", 0.0, "subtract once per occurrence; 0: off.", **own)
+
+
+def _train(values):
+    from mla_jax import train as train_lib  # orbax takes half a second to import: not for other commands
+
+    own, plan = dict(flag_values=values), train_lib.TrainConfig()
+    flags.DEFINE_string("out", None, "GGUF file to write.", **own)
+    flags.DEFINE_string("folder", "runs/train", "checkpoints; a run resumes from the newest there.", **own)
+    flags.DEFINE_integer("steps", plan.steps, "optimiser steps.", lower_bound=1, **own)
+    flags.DEFINE_integer("batch", plan.batch, "windows per step.", lower_bound=1, **own)
+    flags.DEFINE_integer("window", plan.window, "tokens per window.", lower_bound=1, **own)
+    flags.DEFINE_integer(
+        "long_steps", plan.long_steps, "last steps, with windows of 2048 tokens.", lower_bound=0, **own
+    )
+    flags.DEFINE_float("learning_rate", plan.learning_rate, "peak learning rate.", lower_bound=0.0, **own)
+    flags.DEFINE_integer("seed", plan.seed, "of weights and batches.", lower_bound=0, **own)
+
+
+def command_flags(command: str) -> flags.FlagValues:
+    """Returns the flags of `command` at their defaults, in the order that help shows."""
+    values = flags.FlagValues()
+    if command == "train":
+        _train(values)
+    else:
+        _model(values)
+    if command == "generate":
+        flags.DEFINE_string("prompt", None, "text to continue.", flag_values=values)
+    if command == "chat":
+        flags.DEFINE_string("system_prompt", None, "first message of the chat.", flag_values=values)
+    if command in ("generate", "chat"):
+        _sampling(values)
+        _run(values)
+    if command == "generate":
+        flags.DEFINE_boolean("display_prompt", True, "print the prompt first.", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this.", flag_values=values)
+    return values

@@ -1,0 +1,162 @@
+"""What a model is (`ModelConfig`) and how it is run (`RunConfig`): frozen, hashable, static under jit."""
+
+import dataclasses
+import enum
+import math
+
+
+class MLAMode(enum.IntEnum):
+    """How attention is computed, with the numbers of ik_llama.cpp's `-mla`.
+
+    mode  cache                  prefill    decode
+    0     keys, values per head  expanded   expanded
+    1     latent                 absorbed   absorbed
+    2     latent                 expanded   absorbed, whole score matrix
+    3     latent                 expanded   absorbed, flash
+    """
+
+    EXPANDED = 0
+    ABSORBED = 1
+    MIXED = 2
+    FLASH_MIXED = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Sizes of multi-head latent attention, named as in the DeepSeek-V2 paper's configs."""
+
+    num_heads: int
+    q_lora_rank: int | None  # None: queries are not compressed (V2-Lite)
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    def __post_init__(self):
+        _require_positive(self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+        if self.q_lora_rank is not None:
+            _require_positive(self, "q_lora_rank")
+        if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even and positive, got {self.qk_rope_head_dim}.")
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one expanded query or key head: the part without position, then the rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Sizes and routing rule of the mixture-of-experts layers."""
+
+    num_experts: int
+    num_experts_per_token: int
+    expert_hidden_dim: int
+    num_shared_experts: int
+    gating: str  # "softmax" or "sigmoid"
+    has_selection_bias: bool = False  # adds `exp_probs_b` to the scores that select, not to the weights
+    normalize_weights: bool = False
+    weights_scale: float = 1.0
+    num_groups: int = 1  # experts are selected within the best `num_groups_used` of `num_groups` groups
+    num_groups_used: int = 1
+
+    def __post_init__(self):
+        _require_positive(self, "num_experts", "num_experts_per_token", "expert_hidden_dim")
+        _require_positive(self, "num_groups", "num_groups_used")
+        if self.num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts must be at least 0, got {self.num_shared_experts}.")
+        if self.gating not in ("softmax", "sigmoid"):
+            raise ValueError(f"gating must be 'softmax' or 'sigmoid', got {self.gating!r}.")
+        if self.num_experts % self.num_groups or self.num_groups_used > self.num_groups:
+            raise ValueError(
+                f"num_groups must divide num_experts and be at least num_groups_used, got {self.num_experts} "
+                f"experts, {self.num_groups} groups, {self.num_groups_used} used."
+            )
+        if self.num_experts_per_token > self.num_experts // self.num_groups * self.num_groups_used:
+            raise ValueError(
+                f"num_experts_per_token must be at most the experts of the used groups, "
+                f"got {self.num_experts_per_token} of {self.num_experts}."
+            )
+        if not 0 < self.weights_scale < math.inf:
+            raise ValueError(f"weights_scale must be positive and finite, got {self.weights_scale}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions, with linear or YaRN scaling to longer contexts."""
+
+    base: float = 10000.0
+    scaling: str = "none"  # "none", "linear" or "yarn"
+    factor: float = 1.0  # new context length / trained context length
+    original_context_length: int = 0  # trained context length; read by YaRN alone
+    yarn_log_multiplier: float = 0.0  # 0.1 * mscale_all_dim of the published configs
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        if self.scaling not in ("none", "linear", "yarn"):
+            raise ValueError(f"scaling must be 'none', 'linear' or 'yarn', got {self.scaling!r}.")
+        if not 1 < self.base < math.inf:
+            raise ValueError(f"base must be finite and above 1, got {self.base}.")
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"factor must be positive and finite, got {self.factor}.")
+        if self.scaling == "yarn" and self.original_context_length <= 0:
+            raise ValueError(
+                f"original_context_length must be positive with YaRN, got {self.original_context_length}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Every size and constant of a deepseek2 model, and nothing about how it runs."""
+
+    vocab_size: int
+    context_length: int
+    embed_dim: int
+    num_layers: int
+    num_dense_layers: int  # the first layers have one wide FFN instead of experts
+    dense_hidden_dim: int
+    norm_epsilon: float
+    mla: MLAConfig
+    moe: MoEConfig | None  # None: every layer is dense
+    rope: RopeConfig = RopeConfig()
+
+    def __post_init__(self):
+        _require_positive(self, "vocab_size", "context_length", "embed_dim", "num_layers")
+        if not 0 <= self.num_dense_layers <= self.num_layers:
+            raise ValueError(
+                f"num_dense_layers must be in [0, {self.num_layers}], got {self.num_dense_layers}."
+            )
+        if self.num_dense_layers:
+            _require_positive(self, "dense_hidden_dim")
+        if self.moe is None and self.num_dense_layers < self.num_layers:
+            raise ValueError("moe must be given when some layers are not dense, got None.")
+        if not 0 < self.norm_epsilon < 1:
+            raise ValueError(f"norm_epsilon must be in (0, 1), got {self.norm_epsilon}.")
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether the FFN of `layer` is one wide FFN and not a mixture of experts."""
+        return layer < self.num_dense_layers
+
+
+CACHE_TYPES = ("f32", "f16", "bf16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How a model is run: changes speed and memory, and results only by rounding."""
+
+    mla: MLAMode = MLAMode.FLASH_MIXED
+    flash: bool = True  # attend to the cache chunk by chunk, never holding the whole score matrix
+    cache_type: str = "f16"
+    group_routing: bool = True  # False: ignore expert groups, as ik_llama.cpp does
+
+    def __post_init__(self):
+        object.__setattr__(self, "mla", MLAMode(self.mla))
+        if self.cache_type not in CACHE_TYPES:
+            raise ValueError(f"cache_type must be one of {', '.join(CACHE_TYPES)}, got {self.cache_type!r}.")
+
+
+def _require_positive(config, *names):
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")

@@ -1,0 +1,288 @@
+"""From a prompt to text on the host: `Model` holds the weights, the cache and the loop over `steps`."""
+
+import dataclasses
+import operator
+import pathlib
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+import checkpoints_tools
+from mla_jax import chat, sampler, steps, tokenizer
+from mla_jax.cache import Cache, init_cache
+from mla_jax.config import ModelConfig, RunConfig
+
+PACKAGED_MODEL = pathlib.Path(__file__).parent / "models" / "python-stdlib-15m-q8_0.gguf"
+DEFAULT_CTX_SIZE = 8192
+DEFAULT_UBATCH = 512
+_CTX_SIZE_UPPER = 2**31 - 256  # positions are int32, and the cache is rounded up to 256 slots
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One step of a stream.
+
+    Attributes:
+      token: id just drawn.
+      text: characters that became complete with it; may be empty.
+      finish_reason: None while it goes on; "stop" at an end-of-generation token, "length" at `max_tokens` or
+        where the context is full.
+    """
+
+    token: int
+    text: str
+    finish_reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A finished text, its tokens (the end-of-generation token left out) and how long it took."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    timings: "Timings"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Timings:
+    """Tokens and seconds of the newest request; the first token counts to the prompt."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decoded_tokens: int = 0
+    decode_seconds: float = 0.0
+
+
+class Model:
+    """A model ready to generate: weights, vocabulary, run settings and one cache.
+
+    Attributes:
+      config: the model.
+      run: mode, cache type and the like.
+      params: nested dict of weights, to be used with `mla_jax.apply`.
+      tokenizer: text to ids and back.
+      ctx_size: tokens that the cache holds.
+      timings: of the newest request.
+    """
+
+    def __init__(
+        self,
+        params,
+        config: ModelConfig,
+        vocabulary: tokenizer.Vocabulary,
+        *,
+        run: RunConfig,
+        ctx_size: int,
+        ubatch: int = DEFAULT_UBATCH,
+    ):
+        if not 1 <= ctx_size <= _CTX_SIZE_UPPER:
+            raise ValueError(f"ctx_size must be in [1, {_CTX_SIZE_UPPER}], got {ctx_size}.")
+        if ubatch < 1:
+            raise ValueError(f"ubatch must be at least 1, got {ubatch}.")
+        if len(vocabulary.tokens) != config.vocab_size:
+            raise ValueError(
+                f"the vocabulary must have the {config.vocab_size} tokens of the embedding, "
+                f"got {len(vocabulary.tokens)}."
+            )
+        self.params, self.config, self.run = params, config, run
+        self.ctx_size, self.timings = ctx_size, Timings()
+        self.tokenizer = tokenizer.Tokenizer(vocabulary)
+        self._ubatch = min(ubatch, ctx_size)
+        self._cache: Cache | None = None
+        self._cached_tokens: list[int] = []
+        self._num_requests = 0
+
+    def generate(self, prompt: str | Sequence[int], *, max_tokens: int = 128, **sampling) -> Completion:
+        """Returns the whole continuation of `prompt`; arguments as in `stream_generate`."""
+        pieces = list(self.stream_generate(prompt, max_tokens=max_tokens, **sampling))
+        tokens = tuple(p.token for p in pieces if p.token not in self.tokenizer.eog_ids)
+        text = "".join(p.text for p in pieces)
+        return Completion(
+            text=text, tokens=tokens, finish_reason=pieces[-1].finish_reason, timings=self.timings
+        )
+
+    def stream_generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 128,
+        reuse_prefix: bool = False,
+        **sampling,
+    ) -> Iterator[Piece]:
+        """Yields the continuation of `prompt` as it is drawn.
+
+        There is one cache: the next request ends this stream, which then raises if it is read on.
+
+        Args:
+          prompt: text, special tokens in it parsed; or token ids, taken as they are.
+          max_tokens: tokens to draw at most; negative for as many as the context holds.
+          reuse_prefix: keep the cache of the tokens that this prompt shares with the last one, as chats do.
+          **sampling: fields of `SamplingParams`. Without a seed each call draws its own.
+
+        Raises:
+          ValueError: for an empty prompt, one longer than the context, an id out of range, or bad sampling.
+        """
+        params = sampler.SamplingParams(**sampling)
+        if params.seed is None:
+            params = dataclasses.replace(params, seed=secrets.randbits(31))
+        ids = self._check(prompt if not isinstance(prompt, str) else self._encode(prompt))
+        if max_tokens == 0:
+            raise ValueError("max_tokens must be positive, or negative for no limit, got 0.")
+        return self._stream(ids, max_tokens, sampler.batch([params]), reuse_prefix)
+
+    def encode_chat(self, messages: Sequence[dict]) -> list[int]:
+        """Returns the prompt of a conversation, by the chat template of the file or a built-in one.
+
+        Args:
+          messages: mappings with "role" ("system", "user" or "assistant") and "content".
+        """
+        vocabulary = self.tokenizer.vocabulary
+        text = lambda token: "" if token is None else vocabulary.tokens[token]
+        template = vocabulary.chat_template or chat.builtin_template(vocabulary.tokens)
+        bos_token, eos_token = text(vocabulary.bos_id), text(vocabulary.eos_id)
+        prompt = chat.render(messages, template, bos_token=bos_token, eos_token=eos_token)
+        add_special = not (bos_token and prompt.startswith(bos_token))
+        return self.tokenizer.encode(prompt, add_special=add_special)
+
+    def _encode(self, text):
+        if not text:
+            raise ValueError("the prompt must not be empty.")
+        return self.tokenizer.encode(text)
+
+    def _check(self, ids):
+        ids = [operator.index(i) for i in ids]
+        if not ids:
+            raise ValueError("the prompt must hold at least one token, got none.")
+        if len(ids) > self.ctx_size:
+            raise ValueError(
+                f"the prompt must fit the context of {self.ctx_size} tokens, got {len(ids)} tokens."
+            )
+        for position, token in enumerate(ids):
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(
+                    f"token ids must be in [0, {self.config.vocab_size}), got {token} at position {position}."
+                )
+        return ids
+
+    def _stream(self, ids, max_tokens, sampling, reuse_prefix):
+        self._num_requests += 1
+        request = self._num_requests
+        self.timings = Timings(prompt_tokens=len(ids))
+        began = time.perf_counter()
+        self._prefill(ids, reuse_prefix)
+        tail = ids[:-1][-sampler.NUM_RECENT :]
+        recent = np.full((1, sampler.NUM_RECENT), -1, np.int32)
+        recent[0, sampler.NUM_RECENT - len(tail) :] = tail
+        newest = ids[-1]
+        decoder = tokenizer.StreamDecoder(self.tokenizer)
+        drawn = 0
+        while True:
+            if request != self._num_requests:
+                raise ValueError(
+                    "a stream must be read before the next request of its model, which has begun."
+                )
+            newest, recent = self._decode(newest, recent, sampling)
+            now, drawn = time.perf_counter(), drawn + 1
+            if drawn == 1:
+                self.timings.prompt_seconds, began = now - began, now
+            self.timings.decoded_tokens, self.timings.decode_seconds = drawn - 1, now - began
+            reason = None
+            if newest in self.tokenizer.eog_ids:
+                reason = "stop"
+            elif drawn == max_tokens or len(self._cached_tokens) == self.ctx_size:
+                reason = "length"
+            text = "" if reason == "stop" else decoder.feed(newest)
+            yield Piece(token=newest, text=text + (decoder.flush() if reason else ""), finish_reason=reason)
+            if reason:
+                return
+
+    def _prefill(self, ids, reuse_prefix):
+        """Brings the cache to hold all of `ids` but the last, which `_decode` takes."""
+        if self._cache is None:
+            self._cache = init_cache(self.config, self.run, batch=1, ctx_size=self.ctx_size)
+            self._cached_tokens = []
+        shared = _common_prefix(self._cached_tokens, ids[:-1]) if reuse_prefix else 0
+        cache = dataclasses.replace(self._take_cache(), length=jnp.full((1,), shared, jnp.int32))
+        start = shared
+        for count, width in steps.split_prompt(len(ids) - 1 - shared, self._ubatch):
+            tokens = np.zeros((1, width), np.int32)
+            tokens[0, :count] = ids[start : start + count]
+            num_tokens = np.asarray([count], np.int32)
+            cache = steps.prefill(self.params, tokens, num_tokens, cache, config=self.config, run=self.run)
+            start += count
+        self._cache, self._cached_tokens = cache, ids[:-1]
+
+    def _decode(self, token, recent, sampling):
+        cache, cached = self._take_cache(), self._cached_tokens
+        tokens, recent, cache = steps.decode(
+            self.params,
+            np.asarray([token], np.int32),
+            recent,
+            cache,
+            sampling,
+            config=self.config,
+            run=self.run,
+        )
+        drawn = int(tokens[0])
+        cached.append(token)
+        self._cache = cache
+        return drawn, recent
+
+    def _take_cache(self):
+        """Hands the cache out to be donated; after a step that failed the next request starts anew."""
+        cache, self._cache = self._cache, None
+        return cache
+
+
+def _common_prefix(a, b):
+    count = 0
+    for left, right in zip(a, b, strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
+
+
+def load(
+    path: str | pathlib.Path = PACKAGED_MODEL,
+    *,
+    mla: int = 3,
+    flash: bool = True,
+    cache_type: str = "f16",
+    ctx_size: int | None = None,
+    ubatch: int = DEFAULT_UBATCH,
+    group_routing: bool = True,
+    compilation_cache: str | pathlib.Path | None = steps.COMPILATION_CACHE,
+    progress=None,
+) -> Model:
+    """Loads a deepseek2 GGUF file and makes it ready to generate.
+
+    Args:
+      path: the file, or the first part of a split one; the packaged model by default.
+      mla: 0 to 3, see `MLAMode`.
+      flash: attend chunk by chunk, never holding the whole score matrix.
+      cache_type: "f32", "f16" or "bf16".
+      ctx_size: tokens that the cache holds; 0 is the model's own limit, None that or 8,192, the smaller.
+      ubatch: prompt tokens computed at a time.
+      group_routing: False ignores expert groups, as ik_llama.cpp does.
+      compilation_cache: folder that keeps compiled code between processes, None for none.
+      progress: called with (tensors done, tensors, bytes done, bytes) while loading; None prints a line.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: for a file that is no sound deepseek2 GGUF, or a setting out of range.
+    """
+    run = RunConfig(mla=mla, flash=flash, cache_type=cache_type, group_routing=group_routing)
+    if compilation_cache is not None:
+        steps.use_compilation_cache(pathlib.Path(compilation_cache))
+    checkpoint = checkpoints_tools.load_gguf(path, progress=progress)
+    limit = checkpoint.config.context_length
+    size = min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)
+    vocabulary = tokenizer.Vocabulary.from_metadata(checkpoint.metadata)
+    return Model(checkpoint.params, checkpoint.config, vocabulary, run=run, ctx_size=size, ubatch=ubatch)

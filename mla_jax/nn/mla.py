@@ -1,0 +1,233 @@
+"""Multi-head latent attention. Its two ways to attend are equal up to rounding; that is what MLA is.
+
+Expanded: raise the latent to keys and values per head, then attend as usual. S * N * (H + V) numbers.
+Absorbed: move W_uk onto the query and W_uv onto the output, and attend to the latent itself.
+
+Each visits the cache in chunks and keeps a running softmax, so a score matrix is never larger than one
+chunk; without flash attention the one chunk is the whole cache.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mla_jax import quant
+from mla_jax.cache import HeadRows, LatentRows
+from mla_jax.config import MLAMode, ModelConfig, RunConfig
+from mla_jax.nn import rope as rope_lib
+from mla_jax.nn.layers import Linear, RMSNorm, read_weight
+
+FLASH_CHUNK = 256  # cached tokens per step of the running softmax
+PREFILL_TOKENS = 128  # modes 2 and 3 expand from this many new tokens on, as ik_llama.cpp does
+
+_MASKED = -1e30  # finite: a chunk that is masked throughout must not produce inf - inf
+
+
+def attend_heads(q, q_rope, rows: HeadRows, positions, *, sm_scale, chunk):
+    """Attends to keys and values cached per head (mode 0).
+
+    Args:
+      q: [B, T, N, H] query part without position.
+      q_rope: [B, T, N, P] rotated query part.
+      rows: cached keys and values.
+      positions: i32[B, T], ascending in T. A query sees the slots up to its own position.
+      sm_scale: multiplies the scores, YaRN's squared temperature included.
+      chunk: slots visited at a time; divides the capacity.
+
+    Returns:
+      [B, T, N, V] in the dtype of `q`.
+    """
+    read = lambda start: rows.read(start, chunk, positions[:, -1] + 1, q.dtype)
+    return _attend_heads(q, q_rope, read, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
+
+
+def attend_expanded(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, chunk):
+    """Attends with keys and values raised from the latent, a chunk at a time. Cheaper when T is large.
+
+    Args:
+      q: [B, T, N, H] query part without position.
+      q_rope: [B, T, N, P] rotated query part.
+      rows: cached latents.
+      k_up: [N, H, R] `W_uk`.
+      v_up: [N, V, R] `W_uv`.
+      positions: i32[B, T], ascending in T. A query sees the slots up to its own position.
+      sm_scale: multiplies the scores, YaRN's squared temperature included.
+      chunk: slots visited at a time; divides the capacity.
+
+    Returns:
+      [B, T, N, V] in the dtype of `q`.
+    """
+    read = lambda start: expand(*rows.read(start, chunk, positions[:, -1] + 1, q.dtype), k_up, v_up)
+    return _attend_heads(q, q_rope, read, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
+
+
+def attend_absorbed(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, chunk):
+    """Attends in latent space: one shared head of width R + P. Cheaper when T is small.
+
+    Arguments and result as in `attend_expanded`.
+    """
+    q_BNTR = jnp.einsum("BTNH,NHR->BNTR", q, k_up)
+    qr_BNTP = q_rope.swapaxes(1, 2)
+    length_B = positions[:, -1] + 1
+
+    def visit(start):
+        latent_BCR, rope_BCP = rows.read(start, chunk, length_B, q.dtype)
+        score_BNTC = jnp.einsum("BNTR,BCR->BNTC", q_BNTR, latent_BCR, preferred_element_type=jnp.float32)
+        score_BNTC += jnp.einsum("BNTP,BCP->BNTC", qr_BNTP, rope_BCP, preferred_element_type=jnp.float32)
+        return score_BNTC, lambda prob_BNTC: jnp.einsum("BNTC,BCR->BNTR", prob_BNTC, latent_BCR)
+
+    o_BNTR = _running_softmax(visit, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
+    return jnp.einsum("BNTR,NVR->BTNV", o_BNTR.astype(q.dtype), v_up)
+
+
+def expand(latent, rope, k_up, v_up):
+    """Raises latents [B, C, R] and rope [B, C, P] to keys [B, C, N, A] and values [B, C, N, V] per head."""
+    latent_BCR = latent
+    k_BCNH = jnp.einsum("BCR,NHR->BCNH", latent_BCR, k_up)
+    v_BCNV = jnp.einsum("BCR,NVR->BCNV", latent_BCR, v_up)
+    rope_BCNP = jnp.broadcast_to(rope[:, :, None], (*k_BCNH.shape[:3], rope.shape[-1]))
+    return jnp.concatenate([k_BCNH, rope_BCNP], axis=-1), v_BCNV
+
+
+def _attend_heads(q, q_rope, read, positions, num_slots, *, sm_scale, chunk):
+    """Attends to whatever keys and values per head `read(start)` gives."""
+    q_BNTA = jnp.concatenate([q, q_rope], axis=-1).swapaxes(1, 2)
+
+    def visit(start):
+        k_BCNA, v_BCNV = read(start)
+        score_BNTC = jnp.einsum("BNTA,BCNA->BNTC", q_BNTA, k_BCNA, preferred_element_type=jnp.float32)
+        return score_BNTC, lambda prob_BNTC: jnp.einsum("BNTC,BCNV->BNTV", prob_BNTC, v_BCNV)
+
+    o_BNTV = _running_softmax(visit, positions, num_slots, sm_scale=sm_scale, chunk=chunk)
+    return o_BNTV.swapaxes(1, 2).astype(q.dtype)
+
+
+def _running_softmax(visit, positions_BT, num_slots, *, sm_scale, chunk):
+    """Sums softmax-weighted values over chunks; `visit(start)` gives scores and their weighing.
+
+    With m the largest score so far, l the sum of exp(score - m) and o the weighted sum, a new chunk only
+    rescales l and o by exp(m - new m). Source: FlashAttention (arXiv:2205.14135), section 3.1.
+    """
+
+    def fold(i, carry):
+        m_BNT, l_BNT, o_BNTU = carry
+        start = jnp.int32(i * chunk)
+        score_BNTC, weigh = visit(start)
+        slots_C = start + jnp.arange(chunk, dtype=jnp.int32)
+        seen_BNTC = (slots_C[None, None] <= positions_BT[:, :, None])[:, None]
+        score_BNTC = jnp.where(seen_BNTC, score_BNTC * sm_scale, _MASKED)
+        new_m_BNT = jnp.maximum(m_BNT, score_BNTC.max(axis=-1))
+        new_m_BNT = jax.lax.stop_gradient(new_m_BNT)  # it cancels out of the result
+        prob_BNTC = jnp.where(seen_BNTC, jnp.exp(score_BNTC - new_m_BNT[..., None]), 0.0)
+        shrink_BNT = jnp.exp(m_BNT - new_m_BNT)
+        o_BNTU = o_BNTU * shrink_BNT[..., None] + weigh(prob_BNTC)
+        return new_m_BNT, l_BNT * shrink_BNT + prob_BNTC.sum(axis=-1), o_BNTU
+
+    score, value = jax.eval_shape(lambda: _evaluate(visit))
+    state = jnp.full(score.shape[:3], _MASKED), jnp.zeros(score.shape[:3]), jnp.zeros(value.shape)
+    if chunk == num_slots:
+        _, l_BNT, o_BNTU = fold(0, state)
+    else:
+        num_chunks = jnp.max(positions_BT) // chunk + 1
+        _, l_BNT, o_BNTU = jax.lax.fori_loop(0, num_chunks, fold, state)
+    return o_BNTU / l_BNT[..., None]
+
+
+def _evaluate(visit):
+    score, weigh = visit(jnp.int32(0))
+    return score, weigh(score)
+
+
+class MLAttention(nn.Module):
+    """Projects to queries and latents, appends to the cache and attends in the mode of the run."""
+
+    config: ModelConfig
+    run: RunConfig
+
+    @nn.compact
+    def __call__(self, x, rows, positions, slots):
+        """Returns the attention output and the rows with the new tokens in them.
+
+        Args:
+          x: [B, T, D] normalised input.
+          rows: this layer's cache, or None: attend to `x` alone.
+          positions: i32[B, T], ascending in T.
+          slots: i32[B, T] where the new tokens go; the capacity S drops one. Not read without a cache.
+        """
+        mla = self.config.mla
+        scale = rope_lib.softmax_scale(self.config.rope, mla.qk_head_dim)
+        q_BTNH, qr_BTNP = self._queries(x, positions)
+        latent_BTR, rope_BTP = self._latents(x, positions)
+        k_up, v_up = self._up_projections()
+        chunk = self._chunk(rows, x.shape[1])
+        if rows is None:
+            rows = LatentRows(latent=latent_BTR, rope=rope_BTP)
+        elif isinstance(rows, LatentRows):
+            rows = rows.append(latent_BTR, rope_BTP, slots)
+        else:
+            rows = rows.append(*expand(latent_BTR, rope_BTP, k_up, v_up), slots)
+        kwargs = dict(sm_scale=scale, chunk=chunk)
+        if isinstance(rows, HeadRows):
+            o_BTNV = attend_heads(q_BTNH, qr_BTNP, rows, positions, **kwargs)
+        else:
+            attend = attend_expanded if self._expands(x.shape[1]) else attend_absorbed
+            o_BTNV = attend(q_BTNH, qr_BTNP, rows, k_up, v_up, positions, **kwargs)
+        out_scale = 0.5 / self.config.num_layers  # two residual branches a layer
+        o_BTD = Linear(x.shape[-1], out_scale, name="out")(o_BTNV.reshape(*x.shape[:2], -1))
+        return o_BTD, rows
+
+    def _queries(self, x, positions):
+        mla = self.config.mla
+        if mla.q_lora_rank is None:
+            q = Linear(mla.num_heads * mla.qk_head_dim, name="q")(x)
+        else:
+            q_BTQ = Linear(mla.q_lora_rank, name="q_a")(x)
+            q_BTQ = RMSNorm(self.config.norm_epsilon, name="q_a_norm")(q_BTQ)
+            q = Linear(mla.num_heads * mla.qk_head_dim, name="q_b")(q_BTQ)
+        q_BTNA = q.reshape(*x.shape[:2], mla.num_heads, mla.qk_head_dim)
+        q_BTNH, qr_BTNP = jnp.split(q_BTNA, [mla.qk_nope_head_dim], axis=-1)
+        return q_BTNH, rope_lib.rotate(qr_BTNP, positions, self._frequencies())
+
+    def _latents(self, x, positions):
+        mla = self.config.mla
+        kv_a = Linear(mla.kv_lora_rank + mla.qk_rope_head_dim, name="kv_a")(x)
+        latent_BTR, rope_BTP = jnp.split(kv_a, [mla.kv_lora_rank], axis=-1)
+        latent_BTR = RMSNorm(self.config.norm_epsilon, name="kv_a_norm")(latent_BTR)
+        return latent_BTR, rope_lib.rotate(rope_BTP, positions, self._frequencies())
+
+    def _frequencies(self):
+        return rope_lib.inverse_frequencies(self.config.rope, self.config.mla.qk_rope_head_dim)
+
+    def _up_projections(self):
+        """Reads W_uk [N, H, R] and W_uv [N, V, R] from kv_b, or from k_b and v_b if a file has only those."""
+        mla = self.config.mla
+        N, H, V, R = mla.num_heads, mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank
+        if "k_b" in self.variables.get("params", {}):
+            k_b_NRH = quant.decode(UpProjection((N, R, H), name="k_b")())
+            return k_b_NRH.swapaxes(1, 2), quant.decode(UpProjection((N, V, R), name="v_b")())
+        kv_b = quant.decode(UpProjection((N * (H + V), R), name="kv_b")()).reshape(N, H + V, R)
+        return kv_b[:, :H], kv_b[:, H:]
+
+    def _chunk(self, rows, num_tokens):
+        if rows is None:
+            return num_tokens  # in one piece: reverse mode cannot go through a loop of run-time length
+        without_flash = self.run.mla == MLAMode.MIXED and not self._expands(num_tokens)
+        if not self.run.flash or without_flash or rows.num_slots % FLASH_CHUNK:
+            return rows.num_slots
+        return FLASH_CHUNK
+
+    def _expands(self, num_tokens):
+        if self.run.mla in (MLAMode.MIXED, MLAMode.FLASH_MIXED):
+            return self.run.flash and num_tokens >= PREFILL_TOKENS
+        return self.run.mla == MLAMode.EXPANDED
+
+
+class UpProjection(nn.Module):
+    """Holds a weight of the up-projection from the latent, as the file has it."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self):
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
+        return read_weight(self, "weight", init, self.shape)

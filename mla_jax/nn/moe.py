@@ -1,0 +1,198 @@
+"""Mixture of experts: a router, and one grouped product for prefill, decode and training alike.
+
+The (token, expert) pairs are sorted by expert and laid out in tiles of M rows, every tile of one expert.
+A tile reads its expert's weights once, decodes them and multiplies; rows that no pair owns are never read
+back, so neither padding nor the weights of an unselected expert can reach the result.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mla_jax import quant
+from mla_jax.config import ModelConfig, MoEConfig, RunConfig
+from mla_jax.nn.layers import SwiGLU, read_weight
+
+_MAX_TILE = 128
+_MAX_DECODED_BYTES = 64 << 20  # expert weights decoded at a time
+
+
+def select_experts(probs, bias, config: MoEConfig, *, group_routing: bool = True):
+    """Selects K experts per token and their weights.
+
+    Args:
+      probs: f32[X, E] router probabilities, softmax or sigmoid.
+      bias: f32[E] added to the scores that select, or None.
+      config: sizes and rule.
+      group_routing: False ignores expert groups.
+
+    Returns:
+      ids i32[X, K], best first, ties to the lowest id, and weights f32[X, K].
+
+    Source: DeepSeek-V2 (arXiv:2405.04434) section 2.2.2, a group scores as its best expert; DeepSeek-V3
+    (arXiv:2412.19437) section 2.1.2, a group scores as the sum of its two best biased experts.
+    """
+    score_XE = probs if bias is None else probs + bias[None]
+    if group_routing and config.num_groups > 1:
+        score_XE = _keep_best_groups(score_XE, config)
+    _, ids_XK = jax.lax.top_k(score_XE, config.num_experts_per_token)
+    weight_XK = jnp.take_along_axis(probs, ids_XK, axis=-1)
+    if config.normalize_weights:
+        weight_XK = weight_XK / weight_XK.sum(axis=-1, keepdims=True)
+    return ids_XK, weight_XK * config.weights_scale
+
+
+def _keep_best_groups(score_XE, config):
+    grouped = score_XE.reshape(score_XE.shape[0], config.num_groups, -1)
+    best_of_group = 1 if config.gating == "softmax" else min(2, grouped.shape[-1])
+    group_score = jax.lax.top_k(grouped, best_of_group)[0].sum(axis=-1)
+    _, kept = jax.lax.top_k(group_score, config.num_groups_used)
+    is_kept = jax.nn.one_hot(kept, config.num_groups, dtype=jnp.bool).any(axis=-2)
+    return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(score_XE.shape)
+
+
+def tile_size(num_pairs: int, num_experts: int) -> int:
+    """Returns the rows M per tile: a power of two near the mean number of pairs per expert, at most 128."""
+    mean = max(1, num_pairs // num_experts)
+    return min(_MAX_TILE, 1 << (mean.bit_length() - 1))
+
+
+def assign_tiles(ids, num_experts: int, tile: int):
+    """Lays pairs out in tiles of one expert each.
+
+    Args:
+      ids: i32[X, K] expert of each pair.
+      num_experts: E.
+      tile: rows M per tile.
+
+    Returns:
+      expert i32[Y] of each tile, and slot i32[X, K], the row in [0, Y * M) of each pair. Y is the static
+      bound of tiles that any routing can need; a tile that no pair needs repeats a needed expert.
+    """
+    flat = ids.reshape(-1)
+    num_tiles = min(flat.size, flat.size // tile + num_experts)
+    count_E = jnp.zeros((num_experts,), jnp.int32).at[flat].add(1)
+    end_tile_E = jnp.cumsum(-(-count_E // tile))
+    first_E = jnp.cumsum(count_E) - count_E
+    order = jnp.argsort(flat, stable=True)
+    rank = jnp.zeros_like(flat).at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
+    start_E = (end_tile_E - (-(-count_E // tile))) * tile
+    slot = start_E[flat] + rank - first_E[flat]
+    tiles = jnp.minimum(jnp.arange(num_tiles, dtype=jnp.int32), end_tile_E[-1] - 1)
+    expert_Y = jnp.searchsorted(end_tile_E, tiles, side="right").astype(jnp.int32)
+    return expert_Y, slot.reshape(ids.shape)
+
+
+def grouped_ffn(x, ids, weights, experts, *, num_experts: int):
+    """Applies each token's experts and sums them by weight.
+
+    Args:
+      x: [X, D] tokens.
+      ids: i32[X, K] experts of each token.
+      weights: f32[X, K].
+      experts: weights by name, plain or quantised: gate, up [E, F, D], or gate_up [E, 2F, D]; down [E, D, F].
+      num_experts: E.
+
+    Returns:
+      f32[X, D].
+    """
+    x_XD = x
+    tile = tile_size(ids.size, num_experts)
+    expert_Y, slot_XK = assign_tiles(ids, num_experts, tile)
+    token_XK = jnp.broadcast_to(jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None], ids.shape)
+    source = jnp.full((expert_Y.size * tile,), ids.shape[0], jnp.int32)
+    source = source.at[slot_XK].set(token_XK, unique_indices=True)
+    tiles_YMD = x_XD.at[source].get(mode="fill", fill_value=0).reshape(expert_Y.size, tile, -1)
+
+    def one_tile(pair):
+        expert, tile_MD = pair
+        return _expert(tile_MD, {name: weight[expert] for name, weight in experts.items()})
+
+    decoded_bytes = 4 * sum(math.prod(weight.shape[1:]) for weight in experts.values())
+    at_once = max(1, min(expert_Y.size, _MAX_DECODED_BYTES // decoded_bytes))
+    out_YMD = jax.lax.map(one_tile, (expert_Y, tiles_YMD), batch_size=at_once)
+    out_XKD = out_YMD.reshape(-1, x.shape[-1])[slot_XK]
+    return jnp.einsum("XKD,XK->XD", out_XKD, weights)
+
+
+def _expert(x, weights):
+    if "gate_up" in weights:
+        gate, up = jnp.split(quant.matmul(x, weights["gate_up"]), 2, axis=-1)
+    else:
+        gate, up = quant.matmul(x, weights["gate"]), quant.matmul(x, weights["up"])
+    return quant.matmul(jax.nn.silu(gate) * up, weights["down"])
+
+
+class Router(nn.Module):
+    """Scores every expert for every token and selects; records the load in the collection `intermediates`."""
+
+    config: MoEConfig
+    group_routing: bool
+
+    @nn.compact
+    def __call__(self, x):
+        moe = self.config
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
+        weight = read_weight(self, "weight", init, (moe.num_experts, x.shape[-1]))
+        bias = None
+        if moe.has_selection_bias:
+            bias = read_weight(self, "bias", nn.initializers.zeros, (moe.num_experts,)).astype(jnp.float32)
+        logits_XE = quant.matmul(x, weight)
+        gate = jax.nn.softmax if moe.gating == "softmax" else jax.nn.sigmoid
+        ids_XK, weight_XK = select_experts(gate(logits_XE), bias, moe, group_routing=self.group_routing)
+        self.sow("intermediates", "expert_ids", ids_XK)
+        return ids_XK, weight_XK
+
+
+class Experts(nn.Module):
+    """Holds the stacked expert weights, gate and up apart or merged as the file has them."""
+
+    config: MoEConfig
+    out_init_scale: float
+
+    @nn.compact
+    def __call__(self, x, ids, weights):
+        E, F, D = self.config.num_experts, self.config.expert_hidden_dim, x.shape[-1]
+        shapes = {"gate": (E, F, D), "up": (E, F, D), "down": (E, D, F)}
+        if "gate_up" in self.variables.get("params", {}):
+            shapes = {"gate_up": (E, 2 * F, D), "down": (E, D, F)}
+        experts = {
+            name: Stack(shape, self.out_init_scale if name == "down" else 1.0, name=name)()
+            for name, shape in shapes.items()
+        }
+        return grouped_ffn(x, ids, weights, experts, num_experts=E)
+
+
+class Stack(nn.Module):
+    """One weight of every expert, [E, out, in]."""
+
+    shape: tuple[int, int, int]
+    init_scale: float
+
+    @nn.compact
+    def __call__(self):
+        init = nn.initializers.variance_scaling(
+            self.init_scale, "fan_in", "normal", in_axis=-1, out_axis=-2, batch_axis=(0,)
+        )
+        return read_weight(self, "weight", init, self.shape)
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared expert, on the same normalised input."""
+
+    config: ModelConfig
+    run: RunConfig
+
+    @nn.compact
+    def __call__(self, x):
+        moe = self.config.moe
+        out_scale = 0.5 / self.config.num_layers
+        x_XD = x.reshape(-1, x.shape[-1])
+        ids_XK, weight_XK = Router(moe, self.run.group_routing, name="router")(x_XD)
+        out_XD = Experts(moe, out_scale, name="experts")(x_XD, ids_XK, weight_XK)
+        if moe.num_shared_experts:
+            width = moe.expert_hidden_dim * moe.num_shared_experts
+            out_XD += SwiGLU(width, out_scale, name="shared")(x_XD)
+        return out_XD.reshape(x.shape)

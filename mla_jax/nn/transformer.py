@@ -1,0 +1,116 @@
+"""The deepseek2 transformer: layers of MLA and of a dense or mixture-of-experts FFN."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mla_jax import quant
+from mla_jax.cache import Cache
+from mla_jax.config import ModelConfig, RunConfig
+from mla_jax.nn.layers import Linear, RMSNorm, SwiGLU, read_weight
+from mla_jax.nn.mla import MLAttention
+from mla_jax.nn.moe import MoE
+
+
+class Layer(nn.Module):
+    """`h = x + attention(norm(x))`, then `h + ffn(norm(h))`."""
+
+    config: ModelConfig
+    run: RunConfig
+    is_dense: bool
+
+    @nn.compact
+    def __call__(self, x, rows, positions, slots):
+        config = self.config
+        attention, rows = MLAttention(config, self.run, name="attn")(
+            RMSNorm(config.norm_epsilon, name="attn_norm")(x), rows, positions, slots
+        )
+        x = x + attention
+        if self.is_dense:
+            ffn = SwiGLU(config.dense_hidden_dim, 0.5 / config.num_layers, name="ffn")
+        else:
+            ffn = MoE(config, self.run, name="ffn")
+        return x + ffn(RMSNorm(config.norm_epsilon, name="ffn_norm")(x)), rows
+
+
+class Embedding(nn.Module):
+    """A row per token id."""
+
+    vocab_size: int
+    embed_dim: int
+
+    @nn.compact
+    def __call__(self, tokens):
+        weight = read_weight(self, "weight", nn.initializers.normal(0.5), (self.vocab_size, self.embed_dim))
+        return quant.take_rows(weight, tokens)
+
+
+class Transformer(nn.Module):
+    """Tokens and a cache in, hidden states and the longer cache out; `unembed` makes logits of them."""
+
+    config: ModelConfig
+    run: RunConfig
+
+    def setup(self):
+        config = self.config
+        self.embed = Embedding(config.vocab_size, config.embed_dim)
+        self.layers = [Layer(config, self.run, config.is_dense(i)) for i in range(config.num_layers)]
+        self.output_norm = RMSNorm(config.norm_epsilon)
+        self.output = Linear(config.vocab_size)
+
+    def hidden(self, tokens, cache: Cache | None, num_tokens=None):
+        """Returns hidden states f32[B, T, D] after the last layer, and the cache with the tokens in it.
+
+        Args:
+          tokens: i32[B, T].
+          cache: rows so far, or None for a sequence on its own.
+          num_tokens: i32[B] how many of the T tokens count; None is all. The rest is padding: it enters no
+            cache, and its hidden states mean nothing.
+        """
+        B, T = tokens.shape
+        length = jnp.zeros((B,), jnp.int32) if cache is None else cache.length
+        num_tokens = jnp.full((B,), T, jnp.int32) if num_tokens is None else num_tokens
+        offsets = jnp.arange(T, dtype=jnp.int32)[None]
+        is_padding = offsets >= num_tokens[:, None]
+        positions = length[:, None] + jnp.minimum(offsets, num_tokens[:, None] - 1)
+        x, layers = self.embed(tokens), []
+        for i, layer in enumerate(self.layers):
+            rows = None if cache is None else cache.layers[i]
+            slots = None if rows is None else jnp.where(is_padding, rows.num_slots, positions)
+            x, rows = layer(x, rows, positions, slots)
+            layers.append(rows)
+        if cache is not None:
+            cache = Cache(layers=tuple(layers), length=length + num_tokens)
+        return x, cache
+
+    def unembed(self, x):
+        """Returns logits f32[..., W] of hidden states [..., D]."""
+        return self.output(self.output_norm(x))
+
+    def __call__(self, tokens, cache: Cache | None = None, num_tokens=None):
+        """Returns logits f32[B, T, W] and the cache, see `hidden`."""
+        x, cache = self.hidden(tokens, cache, num_tokens)
+        return self.unembed(x), cache
+
+
+def apply(params, tokens: jax.Array, cache: Cache | None, config: ModelConfig, run: RunConfig):
+    """Runs the model: the function that everything else calls. Use it under jit, grad and vmap.
+
+    Args:
+      params: nested dict of arrays and `QuantizedTensor`s, as from `checkpoints_tools.load_gguf`.
+      tokens: i32[B, T], ids in [0, vocab_size).
+      cache: from `init_cache` or an earlier call, or None to run a sequence on its own.
+      config: the model; static under jit.
+      run: mode, cache type and the like; static under jit.
+
+    Returns:
+      logits f32[B, T, W], and the cache with the tokens appended (None for None). A token that would lie past
+      the capacity is not stored: callers keep `length + T` within it.
+    """
+    return Transformer(config, run).apply({"params": params}, tokens, cache)
+
+
+def init_params(key: jax.Array, config: ModelConfig):
+    """Returns random float32 parameters, in the tree that `apply` takes."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return jax.jit(lambda key: Transformer(config, RunConfig()).init(key, tokens)["params"])(key)

@@ -1,0 +1,55 @@
+"""`x @ weight.T` for every kind of weight leaf.
+
+Two ways, chosen by the number of rows, which is static:
+
+few rows   multiply and reduce: decoding fuses into the sum, no decoded copy is written to memory
+many rows  decode, then dot: one decoded copy, made inside jit and freed after use, serves all rows
+
+Measured with XLA on two CPU cores, [4096, 256] and [2048, 2048]: with one row of Q8_0 or bfloat16 the first
+takes 0.2 to 0.4 of the time of the second, with two rows 0.35 to 1, with four 0.8 to 1.4. Float32 has
+nothing to decode, and float16 converts so slowly inside a sum that the dot is faster. At 512 rows of
+Q8_0, decoding adds a tenth to a quarter to the time of the dot.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mla_jax.quant import formats, tensor
+
+_FEW_ROWS = 2  # a decode step; 2 is included because one row is often padded to two
+
+
+def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
+    """Returns `x @ weight.T`; a weight that is not float32 is decoded inside the surrounding jit.
+
+    Args:
+      x: [..., in], any float type.
+      weight: [out, in], float32, float16 or bfloat16 array, or `QuantizedTensor`. Float32 weights are
+        differentiable, as `x` always is.
+
+    Returns:
+      float32[..., out], products and sums in float32.
+
+    Raises:
+      ValueError: if the shapes do not fit.
+    """
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x [..., in] must fit weight [out, in], got {x.shape} and {weight.shape}.")
+    x = x.astype(jnp.float32)
+    fuses = isinstance(weight, tensor.QuantizedTensor) or weight.dtype == jnp.bfloat16
+    if fuses and math.prod(x.shape[:-1]) <= _FEW_ROWS:
+        return _multiply_and_reduce(x, weight)
+    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, tensor.decode(weight), contract_last, preferred_element_type=jnp.float32)
+
+
+def _multiply_and_reduce(x: jax.Array, weight: tensor.Weight) -> jax.Array:
+    """Sums over blocks and the weights of a block; merging the two axes first would slow decoding down."""
+    if isinstance(weight, tensor.QuantizedTensor):
+        values = formats.FORMATS[weight.format].decode(weight.blocks)
+    else:
+        values = weight.astype(jnp.float32)[:, None, :]
+    rows = x.reshape(-1, 1, *values.shape[1:])
+    return jnp.sum(values[None] * rows, axis=(-2, -1)).reshape(*x.shape[:-1], weight.shape[0])

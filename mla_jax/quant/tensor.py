@@ -1,0 +1,83 @@
+"""`QuantizedTensor`, a weight kept in its GGUF blocks, read whole or some rows at a time."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mla_jax.quant import formats
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizedTensor:
+    """A weight kept as the bytes of its GGUF blocks: exact on the way in, byte-equal on the way out.
+
+    Attributes:
+      blocks: uint8[..., blocks per row, bytes per block].
+      format: key of `formats.FORMATS`; static under jit.
+    """
+
+    blocks: jax.Array
+    format: str = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the decoded weight."""
+        *lead, count, _ = self.blocks.shape
+        return (*lead, count * formats.FORMATS[self.format].block_size)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the decoded weight."""
+        return self.blocks.ndim - 1
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type that the weight decodes to."""
+        return jnp.dtype(jnp.float32)
+
+    def __getitem__(self, index) -> "QuantizedTensor":
+        """Selects along leading axes, for example experts or rows; a row itself is never cut."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if len(parts) >= self.ndim or any(part is None or part is Ellipsis for part in parts):
+            raise ValueError(
+                f"a QuantizedTensor of shape {self.shape} takes at most {self.ndim - 1} indices, "
+                f"without None and Ellipsis, so that its rows of blocks stay whole, got {index}."
+            )
+        return dataclasses.replace(self, blocks=self.blocks[index])
+
+
+Weight = jax.Array | QuantizedTensor
+
+
+def decode(weight: Weight, dtype=jnp.float32) -> jax.Array:
+    """Returns the whole weight as a plain array.
+
+    Args:
+      weight: array or `QuantizedTensor` of shape [...].
+      dtype: type of the result; blocks are decoded in float32 first.
+
+    Returns:
+      dtype[...], the weight.
+    """
+    if not isinstance(weight, QuantizedTensor):
+        return jnp.asarray(weight).astype(dtype)
+    values = formats.FORMATS[weight.format].decode(weight.blocks)
+    return values.reshape(weight.shape).astype(dtype)
+
+
+def take_rows(weight: Weight, ids: jax.Array) -> jax.Array:
+    """Returns some rows of a weight, for example the embeddings of tokens; only these rows are decoded.
+
+    Args:
+      weight: [rows, size], array or `QuantizedTensor`.
+      ids: int[...], each in [0, rows): the caller has checked them.
+
+    Returns:
+      float32[..., size].
+    """
+    if isinstance(weight, QuantizedTensor):
+        blocks = jnp.take(weight.blocks, ids, axis=0, mode="clip")
+        return decode(dataclasses.replace(weight, blocks=blocks))
+    return decode(jnp.take(weight, ids, axis=0, mode="clip"))

@@ -1,0 +1,102 @@
+"""The jit boundary: what runs on the device between two looks of the host.
+
+A prompt goes in by `prefill`, all but its last token; `decode` takes one token per sequence and draws the
+next. So the logits of a prompt are never formed, and sampling is compiled once.
+"""
+
+import functools
+import os
+import pathlib
+import stat
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
+
+from mla_jax import sampler
+from mla_jax.cache import Cache
+from mla_jax.config import ModelConfig, RunConfig
+from mla_jax.nn.transformer import Transformer
+
+_SMALLEST_BUCKET = 32
+
+
+def buckets(ubatch: int) -> tuple[int, ...]:
+    """Returns the prefill widths that are compiled: 32, 128, 512, ... up to `ubatch`."""
+    sizes = []
+    size = _SMALLEST_BUCKET
+    while size < ubatch:
+        sizes.append(size)
+        size *= 4
+    return (*sizes, ubatch)
+
+
+def split_prompt(num_tokens: int, ubatch: int) -> list[tuple[int, int]]:
+    """Cuts `num_tokens` into (tokens, bucket): whole `ubatch`es, then the smallest bucket that fits."""
+    whole, rest = divmod(num_tokens, ubatch)
+    pieces = [(ubatch, ubatch)] * whole
+    if rest:
+        pieces.append((rest, next(size for size in buckets(ubatch) if size >= rest)))
+    return pieces
+
+
+@functools.partial(jax.jit, static_argnames=("config", "run"), donate_argnames="cache")
+def prefill(params, tokens: jax.Array, num_tokens: jax.Array, cache: Cache, *, config, run) -> Cache:
+    """Returns the cache with `num_tokens` i32[B] of `tokens` i32[B, T] appended; the rest pads."""
+    model = Transformer(config, run)
+    _, cache = model.apply({"params": params}, tokens, cache, num_tokens, method=Transformer.hidden)
+    return cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "run"), donate_argnames=("recent", "cache"))
+def decode(
+    params,
+    tokens: jax.Array,
+    recent: jax.Array,
+    cache: Cache,
+    sampling: sampler.SamplingState,
+    *,
+    config: ModelConfig,
+    run: RunConfig,
+):
+    """Appends one token per sequence and draws the next.
+
+    Args:
+      params: nested dict of weights.
+      tokens: i32[B] newest token of each sequence.
+      recent: i32[B, 64] tokens before it that penalties look at, newest last, -1 for none.
+      cache: rows of all tokens before.
+      sampling: how to draw, a value per sequence.
+      config: the model.
+      run: how it is run.
+
+    Returns:
+      next tokens i32[B], `recent` with `tokens` in it, and the cache with `tokens` appended.
+    """
+    recent = jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
+    logits, cache = Transformer(config, run).apply({"params": params}, tokens[:, None], cache)
+    return sampler.sample(logits[:, 0], recent, cache.length, sampling), recent, cache
+
+
+COMPILATION_CACHE = pathlib.Path.home() / ".cache" / "mla_jax" / "xla"
+
+
+def use_compilation_cache(folder: pathlib.Path) -> None:
+    """Keeps compiled code in `folder` (created for this user alone), so that later processes start fast.
+
+    Raises:
+      ValueError: if the folder belongs to another user or anyone may write to it: compiled code in it is run
+        as it is.
+      OSError: if the folder cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & stat.S_IWOTH:
+        raise ValueError(
+            f"the compilation cache {folder} must belong to this user, and others must not write to it."
+        )
+    if jax.config.jax_compilation_cache_dir != str(folder):
+        compilation_cache.reset_cache()  # else JAX stays with the folder of the first compilation
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

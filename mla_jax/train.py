@@ -1,0 +1,172 @@
+"""Trains a small deepseek2 model from nothing: AdamW, warm-up and cosine, balanced by the router bias."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+from mla_jax.config import ModelConfig, RunConfig
+from mla_jax.nn.transformer import Transformer, init_params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how fast and how often; sizes in tokens."""
+
+    steps: int = 4000
+    batch: int = 4
+    window: int = 256
+    long_steps: int = 200  # the last steps see windows of `long_window`, about as many tokens in all
+    long_window: int = 2048
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    bias_rate: float = 1e-3  # step of the router bias towards even load, DeepSeek-V3 section 2.1.2
+    checkpoint_every: int = 200
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "window", "long_window", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("long_steps", "warmup_steps"):
+            if not 0 <= getattr(self, name) < self.steps:
+                raise ValueError(f"{name} must be in [0, {self.steps}), got {getattr(self, name)}.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a checkpoint holds: parameters, optimiser state and the number of steps done (i32[])."""
+
+    params: dict
+    optimizer: optax.OptState
+    step: jax.Array
+
+
+def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
+    """Returns AdamW with clipping, warm-up and cosine decay to a tenth; matrices alone are decayed."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, train.learning_rate, train.warmup_steps, train.steps, 0.1 * train.learning_rate
+    )
+    is_matrix = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip_norm),
+        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=train.weight_decay, mask=is_matrix),
+    )
+
+
+def cross_entropy(params, tokens: jax.Array, config: ModelConfig):
+    """Returns the mean loss in nats of predicting `tokens` i32[B, T + 1], and expert loads f32[E] each."""
+    model = Transformer(config, RunConfig())
+    (logits, _), sown = model.apply({"params": params}, tokens[:, :-1], mutable="intermediates")
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    loads = {}
+    for layer, taps in sown.get("intermediates", {}).items():
+        ids = taps["ffn"]["router"]["expert_ids"][0]
+        loads[layer] = jnp.bincount(ids.reshape(-1), length=config.moe.num_experts).astype(jnp.float32)
+    return loss, loads
+
+
+@functools.partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
+def train_step(state: TrainState, tokens: jax.Array, *, config: ModelConfig, train: TrainConfig):
+    """Returns the state after one batch `tokens` i32[B, T + 1], and its loss."""
+    (loss, loads), grads = jax.value_and_grad(cross_entropy, has_aux=True)(state.params, tokens, config)
+    updates, optimizer = make_optimizer(train).update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    for layer, load in loads.items():
+        router = params[layer]["ffn"]["router"]
+        if config.moe.has_selection_bias:
+            router["bias"] += train.bias_rate * jnp.sign(load.mean() - load)
+    return TrainState(params=params, optimizer=optimizer, step=state.step + 1), loss
+
+
+def draw_batch(stream: np.ndarray, train: TrainConfig, step: int) -> np.ndarray:
+    """Returns windows i32[batch, window + 1] of `stream` at places that depend on (seed, step) alone."""
+    batch, window = train.batch, train.window
+    if step >= train.steps - train.long_steps:
+        batch, window = max(1, batch * window // train.long_window), train.long_window
+    rng = np.random.default_rng([train.seed, step])
+    starts = rng.integers(0, stream.size - window - 1, batch)
+    return np.stack([stream[s : s + window + 1] for s in starts]).astype(np.int32)
+
+
+def fit(stream: np.ndarray, config: ModelConfig, train: TrainConfig, folder: pathlib.Path, report=print):
+    """Trains on a token stream, resuming from the newest checkpoint in `folder`.
+
+    Args:
+      stream: integer[tokens].
+      config: the model.
+      train: the plan. A resumed run must be given the same one.
+      folder: where checkpoints go.
+      report: called with one line of progress at a time.
+
+    Returns:
+      The trained parameters.
+
+    Raises:
+      ValueError: if the stream is shorter than one window.
+    """
+    longest = max(train.window, train.long_window)
+    if stream.size <= longest + 1:
+        raise ValueError(f"the corpus must be longer than a window of {longest}, got {stream.size} tokens.")
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=train.checkpoint_every)
+    with ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options) as manager:
+        state = _start_or_resume(manager, config, train, report)
+        losses, began, done, seen = [], time.perf_counter(), int(state.step), 0
+        for step in range(done, train.steps):
+            tokens = draw_batch(stream, train, step)
+            state, loss = train_step(state, tokens, config=config, train=train)
+            seen += tokens.size - len(tokens)
+            losses.append(float(loss))
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"loss must be finite, got {losses[-1]} at step {step}.")
+            last = step + 1 == train.steps
+            manager.save(step + 1, args=ocp.args.StandardSave(state), force=last)
+            if (step + 1) % 10 == 0 or last:
+                seconds = time.perf_counter() - began
+                left = (train.steps - step - 1) * seconds / (step + 1 - done)
+                mean = float(np.mean(losses[-10:]))
+                done_of = f"step {step + 1}/{train.steps}"
+                report(f"{done_of}  loss {mean:.3f}  {seen / seconds:.0f} tokens/s  {left / 60:.0f} min left")
+        manager.wait_until_finished()
+    return state.params
+
+
+def _start_or_resume(manager, config, train, report):
+    params = init_params(jax.random.key(train.seed), config)
+    state = TrainState(params=params, optimizer=make_optimizer(train).init(params), step=jnp.int32(0))
+    if manager.latest_step() is None:
+        return state
+    report(f"resuming from step {manager.latest_step()} in {manager.directory}")
+    return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+
+
+def bits_per_byte(
+    params, stream: np.ndarray, num_bytes: int, config: ModelConfig, window: int = 512
+) -> float:
+    """Returns the cross-entropy of a held-out token stream in bits per byte of its text.
+
+    Args:
+      params: parameters, plain or quantised.
+      stream: integer[tokens], cut into windows that are predicted each on its own.
+      num_bytes: bytes of the text that the stream encodes.
+      config: the model.
+      window: tokens of context at most.
+    """
+    loss = jax.jit(lambda params, tokens: cross_entropy(params, tokens, config)[0])
+    nats, full = 0.0, (stream.size - 1) // window
+    for i in range(full):
+        nats += window * float(loss(params, stream[None, i * window : (i + 1) * window + 1].astype(np.int32)))
+    rest = stream[None, full * window :].astype(np.int32)
+    if rest.shape[1] > 1:
+        nats += (rest.shape[1] - 1) * float(loss(params, rest))
+    return nats / math.log(2) / num_bytes
