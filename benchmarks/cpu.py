@@ -105,6 +105,11 @@ def _print_table(engines):
         print(f"{part:10}" + "".join(f"{value:14.1f}" for value in values) + ratio)
 
 
+def _without_folder(argument):
+    """Keeps where files lie on this machine out of the results."""
+    return pathlib.Path(argument).name if os.path.isabs(argument) else argument
+
+
 def _machine(cores):
     return dict(
         cpu=_cpu_name(),
@@ -115,7 +120,7 @@ def _machine(cores):
         jaxlib=_version("jaxlib"),
         ik_llama_cpp_python=_version(_PEER_PACKAGE),
         commit=_commit(),
-        command=shlex.join(["python", *sys.argv]),
+        command=shlex.join(["python", "benchmarks/cpu.py", *map(_without_folder, sys.argv[1:])]),
     )
 
 

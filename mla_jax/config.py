@@ -47,18 +47,18 @@ class MLAConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Sizes and routing rule of the mixture-of-experts layers."""
+    """Sizes and routing rule of the mixture-of-experts layers, beside their names in published configs."""
 
-    num_experts: int
-    num_experts_per_token: int
-    expert_hidden_dim: int
-    num_shared_experts: int
-    gating: str  # "softmax" or "sigmoid"
-    has_selection_bias: bool = False  # adds `exp_probs_b` to the scores that select, not to the weights
-    normalize_weights: bool = False
-    weights_scale: float = 1.0
-    num_groups: int = 1  # experts are selected within the best `num_groups_used` of `num_groups` groups
-    num_groups_used: int = 1
+    num_experts: int  # n_routed_experts
+    num_experts_per_token: int  # num_experts_per_tok
+    expert_hidden_dim: int  # moe_intermediate_size
+    num_shared_experts: int  # n_shared_experts
+    gating: str  # scoring_func: "softmax" or "sigmoid"
+    has_selection_bias: bool = False  # e_score_correction_bias: added to what selects, not to the weights
+    normalize_weights: bool = False  # norm_topk_prob
+    weights_scale: float = 1.0  # routed_scaling_factor
+    num_groups: int = 1  # n_group: experts are selected within the best groups
+    num_groups_used: int = 1  # topk_group
 
     def __post_init__(self):
         _require_positive(self, "num_experts", "num_experts_per_token", "expert_hidden_dim")
@@ -90,7 +90,9 @@ class RopeConfig:
     factor: float = 1.0  # new context length / trained context length
     original_context_length: int = 0  # trained context length; read by YaRN alone
     yarn_log_multiplier: float = 0.0  # 0.1 * mscale_all_dim of the published configs
-    attention_factor: float = 1.0
+    attention_factor: float = (
+        1.0  # `rope.scaling.attn_factor`: multiplies queries and keys, so squared in scores
+    )
 
     def __post_init__(self):
         if self.scaling not in ("none", "linear", "yarn"):
@@ -143,7 +145,7 @@ CACHE_TYPES = ("f32", "f16", "bf16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How a model is run: changes speed and memory, and results only by rounding."""
+    """How a model is run: speed and memory, and results only by rounding, `group_routing` apart."""
 
     mla: MLAMode = MLAMode.FLASH_MIXED
     flash: bool = True  # attend to the cache chunk by chunk, never holding the whole score matrix

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 import checkpoints_tools
 from mla_jax import chat, sampler, steps, tokenizer
@@ -247,6 +248,14 @@ def _common_prefix(a, b):
     return count
 
 
+def _keep_compiled_code(folder):
+    """Goes on without where the folder cannot be made, as in a home that is not writable."""
+    try:
+        steps.use_compilation_cache(folder)
+    except OSError as error:
+        logging.warning("compiled code is not kept: %s: %s", folder, error.strerror)
+
+
 def load(
     path: str | pathlib.Path = PACKAGED_MODEL,
     *,
@@ -280,7 +289,7 @@ def load(
     """
     run = RunConfig(mla=mla, flash=flash, cache_type=cache_type, group_routing=group_routing)
     if compilation_cache is not None:
-        steps.use_compilation_cache(pathlib.Path(compilation_cache))
+        _keep_compiled_code(pathlib.Path(compilation_cache))
     checkpoint = checkpoints_tools.load_gguf(path, progress=progress)
     limit = checkpoint.config.context_length
     size = min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)

@@ -249,7 +249,7 @@ PRESETS: dict[str, ModelConfig] = {
     "moonlight-16b-a3b": _MOONLIGHT_16B_A3B,
 }
 
-# The packaged model: every part of DeepSeek-V3's layer, small enough to train on two cores.
+# The packaged model: DeepSeek-V3's layer without expert groups, small enough to train on two cores.
 PACKAGED = ModelConfig(
     vocab_size=4096,
     context_length=2048,

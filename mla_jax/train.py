@@ -20,12 +20,12 @@ from mla_jax.nn.transformer import Transformer, init_params
 class TrainConfig:
     """How long, how fast and how often; sizes in tokens."""
 
-    steps: int = 4000
+    steps: int = 7400
     batch: int = 4
     window: int = 256
-    long_steps: int = 200  # the last steps see windows of `long_window`, about as many tokens in all
+    long_steps: int = 300  # the last steps see windows of `long_window`, about as many tokens in all
     long_window: int = 2048
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
     clip_norm: float = 1.0
@@ -151,7 +151,7 @@ def _start_or_resume(manager, config, train, report):
 
 
 def bits_per_byte(
-    params, stream: np.ndarray, num_bytes: int, config: ModelConfig, window: int = 512
+    params, stream: np.ndarray, num_bytes: int, config: ModelConfig, window: int = 2048
 ) -> float:
     """Returns the cross-entropy of a held-out token stream in bits per byte of its text.
 

@@ -372,6 +372,12 @@ def test_load_keeps_compiled_code_in_a_private_folder(path, tmp_path, jax_settin
         assert any(folder.iterdir())
 
 
+def test_where_no_folder_can_be_made_nothing_is_kept(path, tmp_path, jax_settings):
+    (tmp_path / "file").write_text("no folder can lie in here")
+    model = mla_jax.load(path, compilation_cache=tmp_path / "file" / "xla")
+    assert model.generate("the", max_tokens=1).tokens
+
+
 def test_compiled_code_of_another_user_is_not_run(path, tmp_path, jax_settings, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(steps.os, "getuid", lambda: tmp_path.stat().st_uid + 1)

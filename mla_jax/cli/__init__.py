@@ -1,4 +1,4 @@
-"""The command `mla-jax`. `flags` says what may be asked, `argv` reads it, one file per command does it."""
+"""The command `mla-jax`. `flags` says what may be asked, `argv` reads it, `commands` does it."""
 
 from mla_jax.cli.app import main
 

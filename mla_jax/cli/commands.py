@@ -68,11 +68,11 @@ def train(values):
         raise UsageError(f"--out must lie in a folder that exists, got {values.out!r}.")
     from mla_jax import train as train_lib  # orbax takes half a second to import: not for other commands
 
-    defaults = train_lib.TrainConfig()
+    defaults, tenth = train_lib.TrainConfig(), values.steps // 10
     plan = train_lib.TrainConfig(
         steps=values.steps,
-        long_steps=min(values.long_steps, values.steps // 10),
-        warmup_steps=min(defaults.warmup_steps, values.steps // 10),
+        long_steps=values.long_steps if values["long_steps"].present else min(defaults.long_steps, tenth),
+        warmup_steps=min(defaults.warmup_steps, tenth),
         batch=values.batch,
         window=values.window,
         learning_rate=values.learning_rate,
@@ -83,18 +83,19 @@ def train(values):
     stream = corpus.encode_documents(vocabulary, documents.train)
     _tell(f"{stream.size} tokens of {len(documents.train)} files to train on")
     params = train_lib.fit(stream, presets.PACKAGED, plan, pathlib.Path(values.folder), report=_tell)
-    held_out = corpus.encode_documents(vocabulary, documents.held_out)
-    num_bytes = sum(len(text.encode()) for text in documents.held_out)
-    bits = train_lib.bits_per_byte(params, held_out, num_bytes, presets.PACKAGED)
-    _tell(f"{bits:.3f} bits per byte on {len(documents.held_out)} held-out files of {num_bytes} bytes")
     checkpoints_tools.export_gguf(
         out,
         params,
         presets.PACKAGED,
-        tokenizer_metadata=corpus.vocabulary_metadata(vocabulary),
+        tokenizer_metadata=corpus.vocabulary_metadata(vocabulary) | {"general.name": out.stem},
         weight_type="q8_0",
     )
     _tell(f"wrote {out}")
+    stream = corpus.encode_documents(vocabulary, documents.held_out)
+    num_bytes = sum(len(text.encode()) for text in documents.held_out)
+    params = checkpoints_tools.load_gguf(out).params
+    bits = train_lib.bits_per_byte(params, stream, num_bytes, presets.PACKAGED)
+    _tell(f"{bits:.3f} bits per byte on {len(documents.held_out)} held-out sources of {num_bytes} bytes")
 
 
 def _load(values):

@@ -1,4 +1,4 @@
-"""The small parts of every layer. `Linear` is the only reader of projection weights."""
+"""The small parts of every layer. `read_weight` is the only way from a module to a stored weight."""
 
 import flax.linen as nn
 import jax

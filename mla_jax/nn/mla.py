@@ -1,6 +1,7 @@
-"""Multi-head latent attention. Its two ways to attend are equal up to rounding; that is what MLA is.
+"""Multi-head latent attention: keys and values of all heads come of one latent per token, which is cached.
 
-Expanded: raise the latent to keys and values per head, then attend as usual. S * N * (H + V) numbers.
+Two ways to attend are equal up to rounding:
+Expanded: up-project the latent to keys and values per head, then attend as usual. S * N * (H + V) numbers.
 Absorbed: move W_uk onto the query and W_uv onto the output, and attend to the latent itself.
 
 Each visits the cache in chunks and keeps a running softmax, so a score matrix is never larger than one
@@ -42,7 +43,7 @@ def attend_heads(q, q_rope, rows: HeadRows, positions, *, sm_scale, chunk):
 
 
 def attend_expanded(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, chunk):
-    """Attends with keys and values raised from the latent, a chunk at a time. Cheaper when T is large.
+    """Attends with keys and values up-projected from the latent, a chunk at a time. Cheaper when T is large.
 
     Args:
       q: [B, T, N, H] query part without position.
@@ -62,7 +63,7 @@ def attend_expanded(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_sc
 
 
 def attend_absorbed(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, chunk):
-    """Attends in latent space: one shared head of width R + P. Cheaper when T is small.
+    """Attends in latent space: multi-query attention, one key head of width R + P. Cheaper when T is small.
 
     Arguments and result as in `attend_expanded`.
     """
@@ -81,7 +82,7 @@ def attend_absorbed(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_sc
 
 
 def expand(latent, rope, k_up, v_up):
-    """Raises latents [B, C, R] and rope [B, C, P] to keys [B, C, N, A] and values [B, C, N, V] per head."""
+    """Up-projects latent [B, C, R] and rope [B, C, P] to keys [B, C, N, A] and values [B, C, N, V]."""
     latent_BCR = latent
     k_BCNH = jnp.einsum("BCR,NHR->BCNH", latent_BCR, k_up)
     v_BCNV = jnp.einsum("BCR,NVR->BCNV", latent_BCR, v_up)

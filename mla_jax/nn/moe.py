@@ -23,9 +23,10 @@ def select_experts(probs, bias, config: MoEConfig, *, group_routing: bool = True
     """Selects K experts per token and their weights.
 
     Args:
-      probs: f32[X, E] router probabilities, softmax or sigmoid.
+      probs: f32[X, E] affinity scores, softmax or sigmoid of the router's logits.
       bias: f32[E] added to the scores that select, or None.
-      config: sizes and rule.
+      config: sizes and rule; with softmax the groups of V2 ("group_limited_greedy"), with sigmoid those of V3
+        ("noaux_tc").
       group_routing: False ignores expert groups.
 
     Returns:
@@ -126,7 +127,7 @@ def _expert(x, weights):
 
 
 class Router(nn.Module):
-    """Scores every expert for every token and selects; records the load in the collection `intermediates`."""
+    """Scores every expert for every token and selects; records the ids in the collection `intermediates`."""
 
     config: MoEConfig
     group_routing: bool

@@ -60,6 +60,14 @@ def _decode_q4_0(blocks: jax.Array) -> jax.Array:
     return _float16(blocks, 0) * (codes.astype(jnp.float32) - jnp.float32(8))
 
 
+def _decode_q5_0(blocks: jax.Array) -> jax.Array:
+    """Decodes `d * (code - 16)`; bit j of bytes 2 to 5 is the fifth bit of code j."""
+    low = _join(_fields(blocks[..., 6:], (0, 4), 0x0F), 2)
+    high = _join(_fields(blocks[..., 2:6], tuple(range(8)), 0x01).swapaxes(-1, -2), 2)
+    codes = low | (high << jnp.uint8(4))
+    return _float16(blocks, 0) * (codes.astype(jnp.float32) - jnp.float32(16))
+
+
 def _decode_q4_k(blocks: jax.Array) -> jax.Array:
     """Decodes 8 runs of 32 weights, each `d * scale * code - dmin * minimum` with 6-bit scales and minima.
 
@@ -91,6 +99,7 @@ FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
         Format("q4_0", 2, 32, 18, _decode_q4_0),
+        Format("q5_0", 6, 32, 22, _decode_q5_0),
         Format("q8_0", 8, 32, 34, _decode_q8_0),
         Format("q4_K", 12, 256, 144, _decode_q4_k),
         Format("q6_K", 14, 256, 210, _decode_q6_k),

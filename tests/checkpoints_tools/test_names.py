@@ -6,7 +6,7 @@ from synthetic import write_deepseek2
 
 from checkpoints_tools import gguf_file, names
 
-BRIEF = {
+KNOWN = {
     "token_embd.weight": "embed/weight",
     "output.weight": "output/weight",
     "blk.0.attn_norm.weight": "layers_0/attn_norm/weight",
@@ -18,7 +18,7 @@ BRIEF = {
 }
 
 
-@pytest.mark.parametrize("name, path", BRIEF.items())
+@pytest.mark.parametrize("name, path", KNOWN.items())
 def test_known_names(name, path):
     assert names.to_path(name) == tuple(path.split("/"))
     assert names.to_name(tuple(path.split("/"))) == name

@@ -8,7 +8,7 @@ import pytest
 
 from mla_jax.quant import FORMATS, QuantizedTensor, decode
 
-_SCALE_BYTES = {"q8_0": (0,), "q4_0": (0,), "q4_K": (0, 2), "q6_K": (208,)}
+_SCALE_BYTES = {"q8_0": (0,), "q4_0": (0,), "q5_0": (0,), "q4_K": (0, 2), "q6_K": (208,)}
 _SCALES = {
     "sane": (0.01, -0.02, 1.5),
     "zero": (0.0, -0.0),
