@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import re
+import stat as stat_lib
 import struct
 
 import numpy as np
@@ -197,6 +198,8 @@ def _short(value: object) -> str:
 
 def _open_part(path: str) -> GGUFFile:
     try:
+        if not stat_lib.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its other end
+            raise GGUFError(f"{path}: cannot be read: it must be a regular file.")
         with open(path, "rb", buffering=0) as file:
             stat = _stat(file)
             reader = _Reader(file, path, stat[0])

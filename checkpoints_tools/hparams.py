@@ -88,6 +88,8 @@ def metadata(config: ModelConfig) -> dict[str, Any]:
     if rope.scaling == "yarn":
         values["rope.scaling.original_context_length"] = rope.original_context_length
         values["rope.scaling.yarn_log_multiplier"] = rope.yarn_log_multiplier
+        values["rope.scaling.yarn_beta_fast"] = rope.beta_fast
+        values["rope.scaling.yarn_beta_slow"] = rope.beta_slow
     general = {"general.architecture": ARCHITECTURE, "general.alignment": NEW_FILE_ALIGNMENT}
     return general | {
         f"{ARCHITECTURE}.{key}": Field.of(value, "f32") if isinstance(value, float) else value
@@ -139,12 +141,12 @@ class _Keys:
             raise self.fail(key, f"must be an integer in [{low}, {high}], got {_short(value)}")
         return value
 
-    def per_layer(self, key: str, layers: range, num_layers: int, default: Any = _REQUIRED) -> int:
-        """Reads one integer, or one per layer of which those in `layers` must be equal."""
+    def per_layer(self, key: str, layers: range, num_blocks: int, default: Any = _REQUIRED) -> int:
+        """Reads one integer, or one per block of which those in `layers` must be equal."""
         value = self._get(key, default)
         if isinstance(value, list):
-            if len(value) != num_layers:
-                raise self.fail(key, f"must have {num_layers} elements, one per layer, got {len(value)}")
+            if len(value) != num_blocks:
+                raise self.fail(key, f"must have {num_blocks} elements, one per layer, got {len(value)}")
             chosen = [value[layer] for layer in layers] or value[:1]
             if any(element != chosen[0] for element in chosen):
                 raise self.fail(key, f"must be the same in layers {layers[0]} to {layers[-1]}, it is not")
@@ -171,7 +173,9 @@ class _Keys:
 
 
 def _model_config(keys: _Keys, names: set[str]) -> ModelConfig:
-    num_layers = keys.integer("block_count", high=_MAX_LAYERS)
+    num_blocks = keys.integer("block_count", high=_MAX_LAYERS)
+    # The last blocks may predict a second token; they are no part of the network and stay unread.
+    num_layers = num_blocks - keys.integer("nextn_predict_layers", 0, low=0, high=num_blocks - 1)
     num_experts = keys.integer("expert_count", 0, low=0)
     num_dense = keys.integer(
         "leading_dense_block_count", _REQUIRED if num_experts else num_layers, low=0, high=num_layers
@@ -182,7 +186,7 @@ def _model_config(keys: _Keys, names: set[str]) -> ModelConfig:
         )
     dense_hidden_dim = 0
     if num_dense:
-        dense_hidden_dim = keys.per_layer("feed_forward_length", range(num_dense), num_layers)
+        dense_hidden_dim = keys.per_layer("feed_forward_length", range(num_dense), num_blocks)
     context_length = keys.integer("context_length", high=_MAX_CONTEXT)
     embed_dim = keys.integer("embedding_length")
     return ModelConfig(
@@ -193,8 +197,8 @@ def _model_config(keys: _Keys, names: set[str]) -> ModelConfig:
         num_dense_layers=num_dense,
         dense_hidden_dim=dense_hidden_dim,
         norm_epsilon=keys.number("attention.layer_norm_rms_epsilon"),
-        mla=_mla_config(keys, names, num_layers, embed_dim),
-        moe=_moe_config(keys, names, num_layers, num_experts) if num_experts else None,
+        mla=_mla_config(keys, names, range(num_layers), num_blocks, embed_dim),
+        moe=_moe_config(keys, names, num_blocks, num_experts) if num_experts else None,
         rope=_rope_config(keys, context_length),
     )
 
@@ -211,10 +215,9 @@ def _vocab_size(keys: _Keys) -> int:
     return vocab_size
 
 
-def _mla_config(keys: _Keys, names: set[str], num_layers: int, embed_dim: int) -> MLAConfig:
-    layers = range(num_layers)
-    num_heads = keys.per_layer("attention.head_count", layers, num_layers)
-    num_kv_heads = keys.per_layer("attention.head_count_kv", layers, num_layers, num_heads)
+def _mla_config(keys: _Keys, names: set[str], layers: range, num_blocks: int, embed_dim: int) -> MLAConfig:
+    num_heads = keys.per_layer("attention.head_count", layers, num_blocks)
+    num_kv_heads = keys.per_layer("attention.head_count_kv", layers, num_blocks, num_heads)
     kv_lora_rank = keys.integer("attention.kv_lora_rank")
     key_length = keys.integer("attention.key_length", embed_dim // num_heads)
     rope_dim = keys.integer("rope.dimension_count", key_length)
@@ -250,10 +253,10 @@ def _mla_config(keys: _Keys, names: set[str], num_layers: int, embed_dim: int) -
     )
 
 
-def _moe_config(keys: _Keys, names: set[str], num_layers: int, num_experts: int) -> MoEConfig:
+def _moe_config(keys: _Keys, names: set[str], num_blocks: int, num_experts: int) -> MoEConfig:
     gating = keys.integer("expert_gating_func", 0, low=0)
     if gating == 0:
-        gating = 2 if num_layers in _GLM_FLASH_LAYERS else 1
+        gating = 2 if num_blocks in _GLM_FLASH_LAYERS else 1
     if gating not in _GATING:
         what = f"{gating} ({_GATING_ABSENT.get(gating, 'unknown')})"
         raise keys.fail("expert_gating_func", f"must be 1 (softmax) or 2 (sigmoid), got {what}")
@@ -289,6 +292,8 @@ def _rope_config(keys: _Keys, context_length: int) -> RopeConfig:
         factor=1.0 if scaling == "none" else factor,
         original_context_length=original if is_yarn else 0,
         yarn_log_multiplier=log_multiplier if is_yarn else 0.0,
+        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0) if is_yarn else 32.0,
+        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0) if is_yarn else 1.0,
         attention_factor=keys.number("rope.scaling.attn_factor", 1.0),
     )
 

@@ -81,6 +81,9 @@ class MoEConfig:
             raise ValueError(f"weights_scale must be positive and finite, got {self.weights_scale}.")
 
 
+_MAX_FACTOR = 1e3  # of scores: published models stay below 10, and what overflows float32 is no model
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary positions, with linear or YaRN scaling to longer contexts."""
@@ -90,6 +93,8 @@ class RopeConfig:
     factor: float = 1.0  # new context length / trained context length
     original_context_length: int = 0  # trained context length; read by YaRN alone
     yarn_log_multiplier: float = 0.0  # 0.1 * mscale_all_dim of the published configs
+    beta_fast: float = 32.0  # turns within the trained context from which on YaRN keeps a pair as it is,
+    beta_slow: float = 1.0  # and up to which it stretches it in full
     attention_factor: float = (
         1.0  # `rope.scaling.attn_factor`: multiplies queries and keys, so squared in scores
     )
@@ -101,6 +106,16 @@ class RopeConfig:
             raise ValueError(f"base must be finite and above 1, got {self.base}.")
         if not 0 < self.factor < math.inf:
             raise ValueError(f"factor must be positive and finite, got {self.factor}.")
+        if not 0 < self.attention_factor <= _MAX_FACTOR:
+            raise ValueError(
+                f"attention_factor must be in (0, {_MAX_FACTOR:g}], got {self.attention_factor}."
+            )
+        if not 0 <= self.yarn_log_multiplier <= _MAX_FACTOR:
+            raise ValueError(
+                f"yarn_log_multiplier must be in [0, {_MAX_FACTOR:g}], got {self.yarn_log_multiplier}."
+            )
+        if not 0 < self.beta_slow <= self.beta_fast < math.inf:
+            raise ValueError(f"beta_slow must be in (0, beta_fast = {self.beta_fast}], got {self.beta_slow}.")
         if self.scaling == "yarn" and self.original_context_length <= 0:
             raise ValueError(
                 f"original_context_length must be positive with YaRN, got {self.original_context_length}."

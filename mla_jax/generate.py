@@ -131,6 +131,7 @@ class Model:
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(31))
         ids = self._check(prompt if not isinstance(prompt, str) else self._encode(prompt))
+        max_tokens = operator.index(max_tokens)
         if max_tokens == 0:
             raise ValueError("max_tokens must be positive, or negative for no limit, got 0.")
         return self._stream(ids, max_tokens, sampler.batch([params]), reuse_prefix)
@@ -278,7 +279,8 @@ def load(
       ctx_size: tokens that the cache holds; 0 is the model's own limit, None that or 8,192, the smaller.
       ubatch: prompt tokens computed at a time.
       group_routing: False ignores expert groups, as ik_llama.cpp does.
-      compilation_cache: folder that keeps compiled code between processes, None for none.
+      compilation_cache: folder that keeps compiled code between processes, for all models of this process;
+        None leaves it as it is.
       progress: called with (tensors done, tensors, bytes done, bytes) while loading; None prints a line.
 
     Returns:

@@ -56,13 +56,14 @@ def _moe_count(config, num_experts):
     )
 
 
-def _yarn(base, factor, mscale_all_dim):
+def _yarn(base, factor, mscale_all_dim, beta_fast=32.0):
     return RopeConfig(
         base=base,
         scaling="yarn",
         factor=factor,
         original_context_length=4096,
         yarn_log_multiplier=0.1 * mscale_all_dim,
+        beta_fast=beta_fast,
     )
 
 
@@ -179,7 +180,7 @@ _KIMI_K2 = ModelConfig(
         normalize_weights=True,
         weights_scale=2.827,
     ),
-    rope=_yarn(50000.0, 32.0, 1.0),
+    rope=_yarn(50000.0, 32.0, 1.0, beta_fast=1.0),
 )
 
 _GLM_4_7_FLASH = ModelConfig(

@@ -14,6 +14,7 @@ position: what a row draws does not depend on what else is in the batch.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 
 import chex
@@ -56,6 +57,9 @@ class SamplingParams:
 
     def __post_init__(self):
         self._require("temperature", 0 <= self.temperature < math.inf, "finite and at least 0")
+        for name in _INTEGER_FIELDS:
+            if name != "seed" or self.seed is not None:
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
         self._require("top_k", 0 <= self.top_k < 2**31, "at least 0 and below 2**31")
         self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
         self._require("min_p", 0 <= self.min_p < 1, "in [0, 1)")

@@ -78,7 +78,7 @@ def decode(
     return sampler.sample(logits[:, 0], recent, cache.length, sampling), recent, cache
 
 
-COMPILATION_CACHE = pathlib.Path.home() / ".cache" / "mla_jax" / "xla"
+COMPILATION_CACHE = pathlib.Path(os.path.expanduser("~"), ".cache", "mla_jax", "xla")  # never raises
 
 
 def use_compilation_cache(folder: pathlib.Path) -> None:

@@ -32,6 +32,8 @@ _ID_KEYS = {  # field of Vocabulary: key of the file
     "fim_sep_id": "fim_sep_token_id",
 }
 
+_TEXT_CHARS_UPPER = 1 << 21  # the expressions of a pre-tokenizer give up on longer runs of white space
+
 # Tokens that end a generation whatever the ids in the metadata say, by their text.
 _EOG_TEXTS = """
 <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s>
@@ -157,7 +159,8 @@ class Tokenizer:
             for what a user wrote; user-defined tokens are found all the same, as in ik_llama.cpp.
 
         Raises:
-          ValueError: `text` holds a lone surrogate, or a byte that the vocabulary has no token for.
+          ValueError: `text` is longer than 2 Mi characters, or holds a lone surrogate or a byte that the
+            vocabulary has no token for.
         """
         self._check_text(text)
         ids = []
@@ -198,6 +201,8 @@ class Tokenizer:
         return b"" if self._types[token_id] in hidden else rendered
 
     def _check_text(self, text):
+        if len(text) > _TEXT_CHARS_UPPER:
+            raise ValueError(f"text must have at most {_TEXT_CHARS_UPPER} characters, got {len(text)}.")
         try:
             encoded = text.encode()
         except UnicodeEncodeError as error:
@@ -325,13 +330,12 @@ def _texts(metadata, name):
 
 def _as_str(key, entry, index=None):
     name = key if index is None else f"{key}[{index}]"
-    if isinstance(entry, str):
-        return str(entry)
-    if not isinstance(entry, bytes):
+    if not isinstance(entry, str | bytes):
         raise ValueError(f"{name} must be a string, got {type(entry).__name__}.")
     try:
-        return entry.decode()
-    except UnicodeDecodeError:
+        # the container keeps bytes that are no UTF-8 as lone surrogates, which do not encode
+        return entry.encode().decode() if isinstance(entry, str) else entry.decode()
+    except UnicodeError:
         raise ValueError(f"{name} must be UTF-8 text, got {entry[:32]!r}.") from None
 
 

@@ -207,6 +207,14 @@ def test_token_ids_are_integers(model, token):
 
 
 @pytest.mark.parametrize(
+    "arguments", [{"max_tokens": 2.5}, {"max_tokens": "3"}, {"top_k": 1.5}, {"seed": 1.0}]
+)
+def test_counts_are_integers(model, arguments):
+    with pytest.raises(TypeError):
+        model.stream_generate([3], **arguments)
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"ctx_size": 0}, "ctx_size must be in .*, got 0"),

@@ -296,6 +296,7 @@ def test_vocabulary_reads_every_key():
         (dict(tokens="abc"), "tokens must be an array"),
         (dict(tokens=["a", 3]), r"tokens\[1\] must be a string, got int"),
         (dict(tokens=[b"a", b"\xff"]), r"tokens\[1\] must be UTF-8"),
+        (dict(tokens=["a", "\udcff"]), r"tokens\[1\] must be UTF-8"),
         (dict(token_type=[1, 1]), "token_type must have one entry for each of the 268"),
         (dict(token_type=["x"] * 268), "token_type must be an array of integers"),
         (dict(merges=None), "merges is missing"),
@@ -333,6 +334,8 @@ def test_text_and_ids_outside_the_vocabulary_are_refused():
     tokenizer = Tokenizer(small_vocabulary())
     with pytest.raises(ValueError, match=r"lone surrogate U\+D83D at position 2"):
         tokenizer.encode("ab\ud83d")
+    with pytest.raises(ValueError, match="at most 2097152 characters, got 2097153"):
+        tokenizer.encode(" " * 2097153)
     for token_id in (-1, 268, 2**40):
         with pytest.raises(ValueError, match=rf"token id must be in \[0, 268\), got {token_id}"):
             tokenizer.decode([token_id])

@@ -64,8 +64,8 @@ def train(values):
     if values.out is None:
         raise UsageError("--out must be given: the GGUF file to write.")
     out = pathlib.Path(values.out)
-    if not out.parent.is_dir():
-        raise UsageError(f"--out must lie in a folder that exists, got {values.out!r}.")
+    if not out.parent.is_dir() or out.is_dir():
+        raise UsageError(f"--out must be a file in a folder that exists, got {values.out!r}.")
     from mla_jax import train as train_lib  # orbax takes half a second to import: not for other commands
 
     defaults, tenth = train_lib.TrainConfig(), values.steps // 10

@@ -41,6 +41,11 @@ ALIASES = {
     "mqkv": "merge_qkv",
     "np": "parallel",
     "tb": "threads_batch",
+    "thp": "transparent_huge_pages",
+    "nkvo": "no_kv_offload",
+    "no_fmoe": "no_fused_moe",
+    "muge": "merge_up_gate_experts",
+    "gr": "graph_reuse",
 }
 
 _NOT_YET = "it has no effect in this version."
@@ -60,6 +65,14 @@ REFUSED = {
     "fused_moe": f"the expert product has one form, so {_NOT_YET}",
     "merge_qkv": f"weights are read as the file has them, so {_NOT_YET}",
     "parallel": f"one sequence is generated at a time, so {_NOT_YET}",
+    "mmap": f"weights are read into memory, so {_NOT_YET}",
+    "no_mmap": f"weights are read into memory already, so {_NOT_YET}",
+    "mlock": f"memory is left to the system, so {_NOT_YET}",
+    "transparent_huge_pages": f"memory is left to the system, so {_NOT_YET}",
+    "no_kv_offload": f"the cache lies on the device of the model, so {_NOT_YET}",
+    "no_fused_moe": f"the expert product has one form, so {_NOT_YET}",
+    "merge_up_gate_experts": f"weights are read as the file has them, so {_NOT_YET}",
+    "graph_reuse": f"every step is one compiled call, so {_NOT_YET}",
     "threads_batch": "prompt and generation use the same threads; give --threads.",
 }
 
@@ -161,7 +174,9 @@ def _train(values):
         "long_steps", plan.long_steps, "last steps, with windows of 2048 tokens.", lower_bound=0, **own
     )
     flags.DEFINE_float("learning_rate", plan.learning_rate, "peak learning rate.", lower_bound=0.0, **own)
-    flags.DEFINE_integer("seed", plan.seed, "of weights and batches.", lower_bound=0, **own)
+    flags.DEFINE_integer(
+        "seed", plan.seed, "of weights and batches.", lower_bound=0, upper_bound=_SEED_UPPER, **own
+    )
 
 
 def command_flags(command: str) -> flags.FlagValues:

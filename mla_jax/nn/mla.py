@@ -19,7 +19,7 @@ from mla_jax.nn import rope as rope_lib
 from mla_jax.nn.layers import Linear, RMSNorm, read_weight
 
 FLASH_CHUNK = 256  # cached tokens per step of the running softmax
-PREFILL_TOKENS = 128  # modes 2 and 3 expand from this many new tokens on, as ik_llama.cpp does
+PREFILL_TOKENS = 128  # modes 2 and 3 expand from this many new tokens on, padding included
 
 _MASKED = -1e30  # finite: a chunk that is masked throughout must not produce inf - inf
 

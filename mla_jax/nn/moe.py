@@ -16,6 +16,7 @@ from mla_jax.config import ModelConfig, MoEConfig, RunConfig
 from mla_jax.nn.layers import SwiGLU, read_weight
 
 _MAX_TILE = 128
+_TINY = 1e-20  # as in DeepSeek-V3's code: sigmoids may all be 0 in float32
 _MAX_DECODED_BYTES = 64 << 20  # expert weights decoded at a time
 
 
@@ -41,7 +42,7 @@ def select_experts(probs, bias, config: MoEConfig, *, group_routing: bool = True
     _, ids_XK = jax.lax.top_k(score_XE, config.num_experts_per_token)
     weight_XK = jnp.take_along_axis(probs, ids_XK, axis=-1)
     if config.normalize_weights:
-        weight_XK = weight_XK / weight_XK.sum(axis=-1, keepdims=True)
+        weight_XK = weight_XK / (weight_XK.sum(axis=-1, keepdims=True) + _TINY)
     return ids_XK, weight_XK * config.weights_scale
 
 

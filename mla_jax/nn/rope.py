@@ -8,8 +8,6 @@ import numpy as np
 
 from mla_jax import config as config_lib
 
-_BETA_FAST, _BETA_SLOW = 32.0, 1.0  # turns within the trained context; YaRN section 3.2
-
 
 def inverse_frequencies(config: config_lib.RopeConfig, head_dim: int) -> np.ndarray:
     """Returns the angle per position of each pair, context scaling included.
@@ -35,8 +33,8 @@ def inverse_frequencies(config: config_lib.RopeConfig, head_dim: int) -> np.ndar
         wavelength = config.original_context_length / (2 * math.pi * turns)
         return head_dim * math.log(wavelength) / (2 * math.log(config.base))
 
-    low = max(0, math.floor(pair_with(_BETA_FAST)))
-    high = min(head_dim - 1, math.ceil(pair_with(_BETA_SLOW)))
+    low = max(0, math.floor(pair_with(config.beta_fast)))
+    high = min(head_dim - 1, math.ceil(pair_with(config.beta_slow)))
     keep = 1.0 - np.clip((pair - low) / max(0.001, high - low), 0.0, 1.0)
     return (stretched * (1.0 - keep) + trained * keep).astype(np.float32)
 

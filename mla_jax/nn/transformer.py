@@ -94,7 +94,9 @@ class Transformer(nn.Module):
 
 
 def apply(params, tokens: jax.Array, cache: Cache | None, config: ModelConfig, run: RunConfig):
-    """Runs the model: the function that everything else calls. Use it under jit, grad and vmap.
+    """Runs the model: the function that everything else calls. Use it under jit and vmap.
+
+    Under grad use it with float32 weights and without a cache: the loop over a cache has no reverse mode.
 
     Args:
       params: nested dict of arrays and `QuantizedTensor`s, as from `checkpoints_tools.load_gguf`.

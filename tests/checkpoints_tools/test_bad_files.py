@@ -1,5 +1,6 @@
 """Crafted files, each with the words its one sentence must have."""
 
+import os
 import struct
 
 import pytest
@@ -150,6 +151,12 @@ def test_bad_container(tmp_path, data, words):
             read(path)
         assert str(caught.value).startswith(f"{path}: ")
         assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(gguf_file.GGUFError, match=r"pipe\.gguf: cannot be read: it must be a regular file"):
+        gguf_file.open_gguf(tmp_path / "pipe.gguf")
 
 
 def test_the_sound_container_that_the_others_break(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from synthetic import write_deepseek2
 
+import checkpoints_tools
 from checkpoints_tools import gguf_file, hparams
 from checkpoints_tools.gguf_metadata import Metadata
 from mla_jax import presets
@@ -42,6 +43,8 @@ def test_all_sizes(tmp_path):
         factor=40.0,
         original_context_length=128,
         yarn_log_multiplier=pytest.approx(0.1),
+        beta_fast=32.0,
+        beta_slow=1.0,
         attention_factor=1.0,
     )
     assert (config.vocab_size, config.context_length, config.embed_dim) == (320, 4096, 64)
@@ -111,6 +114,24 @@ def test_rope_scaling(tmp_path, changes, scaling, factor):
     rope = read(tmp_path / "a.gguf", metadata={f"{A}rope.{k}": v for k, v in changes.items()}).rope
     assert (rope.scaling, rope.factor) == (scaling, factor)
     assert rope.original_context_length == (4096 if scaling == "yarn" else 0)
+
+
+def test_yarn_betas_are_those_of_the_file(tmp_path):
+    betas = {f"{A}rope.scaling.yarn_beta_fast": 1.0, f"{A}rope.scaling.yarn_beta_slow": 0.5}
+    rope = read(tmp_path / "a.gguf", yarn=True, metadata=betas).rope
+    assert (rope.beta_fast, rope.beta_slow) == (1.0, 0.5)
+    assert read(tmp_path / "b.gguf", metadata=betas) == read(tmp_path / "c.gguf")
+
+
+def test_blocks_that_predict_a_second_token_are_no_layers(tmp_path):
+    key = {A + "nextn_predict_layers": 1}
+    assert read(tmp_path / "a.gguf", layers=4, metadata=key) == read(tmp_path / "b.gguf", layers=3)
+    checkpoint = checkpoints_tools.load_gguf(tmp_path / "a.gguf")
+    assert "layers_3" not in checkpoint.params and "blk.3.attn_norm.weight" in checkpoint.unread
+    with pytest.raises(
+        gguf_file.GGUFError, match=r"nextn_predict_layers' must be an integer in \[0, 2\], got 3"
+    ):
+        read(tmp_path / "c.gguf", metadata={A + "nextn_predict_layers": 3})
 
 
 def test_missing_keys_with_defaults(tmp_path):

@@ -255,7 +255,10 @@ def test_help_tells_spellings_values_and_defaults(run):
         (["chat", "-ctk", "q8_0"], "-ctk q8_0 cannot be used: a quantised cache is not built yet"),
         (["generate", "-ser", "6,1"], "-ser cannot be used: Smart Expert Reduction is not built yet"),
         (["train"], "--out must be given: the GGUF file to write."),
-        (["train", "--out", "absent/m.gguf"], "--out must lie in a folder that exists, got 'absent/m.gguf'."),
+        (
+            ["train", "--out", "absent/m.gguf"],
+            "--out must be a file in a folder that exists, got 'absent/m.gguf'.",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

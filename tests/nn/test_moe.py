@@ -71,6 +71,13 @@ def test_selection_is_the_definition(config):
     np.testing.assert_allclose(weights, expected_weights, rtol=1e-6)
 
 
+def test_scores_that_are_all_zero_give_no_weight():
+    """As sigmoids are in float32 far below 0."""
+    config = dataclasses.replace(PLAIN, gating="sigmoid", normalize_weights=True)
+    _, weights = moe.select_experts(jnp.zeros((1, config.num_experts)), None, config)
+    np.testing.assert_array_equal(weights, np.zeros_like(weights))
+
+
 def test_without_group_routing_groups_are_ignored():
     probs, bias = _draw_scores(V3, seed=0)
     ids, _ = moe.select_experts(probs, jnp.asarray(bias), V3, group_routing=False)
