@@ -198,8 +198,8 @@ def _short(value: object) -> str:
 
 def _open_part(path: str) -> GGUFFile:
     try:
-        if not stat_lib.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its other end
-            raise GGUFError(f"{path}: cannot be read: it must be a regular file.")
+        if stat_lib.S_ISFIFO(os.stat(path).st_mode):  # to open it would wait for its other end
+            raise GGUFError(f"{path}: cannot be read: it must be a regular file, not a pipe.")
         with open(path, "rb", buffering=0) as file:
             stat = _stat(file)
             reader = _Reader(file, path, stat[0])
