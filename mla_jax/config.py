@@ -155,7 +155,11 @@ class ModelConfig:
         return layer < self.num_dense_layers
 
 
-CACHE_TYPES = ("f32", "f16", "bf16")
+PLAIN_CACHE_TYPES = ("f32", "f16", "bf16")
+QUANTISED_CACHE_TYPES = ("q8_0", "q8_KV", "q6_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "fp8_e4m3")
+CACHE_TYPES = PLAIN_CACHE_TYPES + QUANTISED_CACHE_TYPES
+HADAMARD_SIZES = (64, 128, 256, 512)
+ROPE_HADAMARD_SIZE = 64  # of the rotary part, and of keys per head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,12 +169,45 @@ class RunConfig:
     mla: MLAMode = MLAMode.FLASH_MIXED
     flash: bool = True  # attend to the cache chunk by chunk, never holding the whole score matrix
     cache_type: str = "f16"
+    cache_type_rope: str | None = None  # of the rotated key part; None: as `cache_type`
+    hadamard_size: int | None = None  # numbers of a latent rotated together before they are quantised
     group_routing: bool = True  # False: ignore expert groups, as ik_llama.cpp does
 
     def __post_init__(self):
         object.__setattr__(self, "mla", MLAMode(self.mla))
-        if self.cache_type not in CACHE_TYPES:
-            raise ValueError(f"cache_type must be one of {', '.join(CACHE_TYPES)}, got {self.cache_type!r}.")
+        for name in ("cache_type", "cache_type_rope"):
+            value = getattr(self, name)
+            if value not in CACHE_TYPES and not (name == "cache_type_rope" and value is None):
+                raise ValueError(f"{name} must be one of {', '.join(CACHE_TYPES)}, got {value!r}.")
+        if self.cache_type_rope is not None and self.mla == MLAMode.EXPANDED:
+            raise ValueError(
+                f"cache_type_rope must not be given with mla 0, whose keys are cached whole, "
+                f"got {self.cache_type_rope!r}."
+            )
+        if self.hadamard_size not in (None, *HADAMARD_SIZES):
+            sizes = ", ".join(map(str, HADAMARD_SIZES))
+            raise ValueError(f"hadamard_size must be one of {sizes}, or None, got {self.hadamard_size!r}.")
+
+    @property
+    def rope_type(self) -> str:
+        """Cache type of the rotated key part."""
+        return self.cache_type_rope or self.cache_type
+
+    @property
+    def latent_rotation(self) -> int | None:
+        """Block size of the Hadamard rotation of latents (keys per head in mode 0), None for none.
+
+        Only what is quantised is rotated: otherwise nothing is gained by it.
+        """
+        if self.cache_type not in QUANTISED_CACHE_TYPES or self.hadamard_size is None:
+            return None
+        return ROPE_HADAMARD_SIZE if self.mla == MLAMode.EXPANDED else self.hadamard_size
+
+    @property
+    def rope_rotation(self) -> int | None:
+        """Block size of the Hadamard rotation of the rotary part, None for none."""
+        is_rotated = self.rope_type in QUANTISED_CACHE_TYPES and self.hadamard_size is not None
+        return ROPE_HADAMARD_SIZE if is_rotated else None
 
 
 def _require_positive(config, *names):

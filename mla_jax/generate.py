@@ -263,6 +263,8 @@ def load(
     mla: int = 3,
     flash: bool = True,
     cache_type: str = "f16",
+    cache_type_rope: str | None = None,
+    hadamard_size: int | None = None,
     ctx_size: int | None = None,
     ubatch: int = DEFAULT_UBATCH,
     group_routing: bool = True,
@@ -275,7 +277,10 @@ def load(
       path: the file, or the first part of a split one; the packaged model by default.
       mla: 0 to 3, see `MLAMode`.
       flash: attend chunk by chunk, never holding the whole score matrix.
-      cache_type: "f32", "f16" or "bf16".
+      cache_type: one of `config.CACHE_TYPES`; "q8_0" halves the cache at next to no loss.
+      cache_type_rope: type of the rotary part, None for the same.
+      hadamard_size: 64, 128, 256 or 512 latents are rotated together before they are quantised; None for
+        none, and without effect on a cache that is not quantised.
       ctx_size: tokens that the cache holds; 0 is the model's own limit, None that or 8,192, the smaller.
       ubatch: prompt tokens computed at a time.
       group_routing: False ignores expert groups, as ik_llama.cpp does.
@@ -289,7 +294,14 @@ def load(
     Raises:
       ValueError: for a file that is no sound deepseek2 GGUF, or a setting out of range.
     """
-    run = RunConfig(mla=mla, flash=flash, cache_type=cache_type, group_routing=group_routing)
+    run = RunConfig(
+        mla=mla,
+        flash=flash,
+        cache_type=cache_type,
+        cache_type_rope=cache_type_rope,
+        hadamard_size=hadamard_size,
+        group_routing=group_routing,
+    )
     if compilation_cache is not None:
         _keep_compiled_code(pathlib.Path(compilation_cache))
     checkpoint = checkpoints_tools.load_gguf(path, progress=progress)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from mla_jax.config import MLAConfig, MLAMode, ModelConfig, MoEConfig, RopeConfig, RunConfig
+from mla_jax.config import CACHE_TYPES, MLAConfig, MLAMode, ModelConfig, MoEConfig, RopeConfig, RunConfig
 
 MLA = MLAConfig(
     num_heads=2, q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5
@@ -26,6 +26,7 @@ MODEL = ModelConfig(
     moe=MOE,
 )
 RUN = RunConfig()
+_TYPES = ", ".join(CACHE_TYPES)
 
 _GROUPS = "num_groups must divide num_experts and be at least num_groups_used, got 8 experts, "
 _REFUSED = [
@@ -84,7 +85,22 @@ _REFUSED = [
     (MODEL, dict(moe=None), "moe must be given when some layers are not dense, got None."),
     (MODEL, dict(norm_epsilon=0.0), "norm_epsilon must be in (0, 1), got 0.0."),
     (MODEL, dict(norm_epsilon=math.nan), "norm_epsilon must be in (0, 1), got nan."),
-    (RUN, dict(cache_type="q8_0"), "cache_type must be one of f32, f16, bf16, got 'q8_0'."),
+    (
+        RUN,
+        dict(cache_type="q9"),
+        f"cache_type must be one of {_TYPES}, got 'q9'.",
+    ),
+    (
+        RUN,
+        dict(cache_type_rope="q9"),
+        f"cache_type_rope must be one of {_TYPES}, got 'q9'.",
+    ),
+    (RUN, dict(hadamard_size=32), "hadamard_size must be one of 64, 128, 256, 512, or None, got 32."),
+    (
+        RUN,
+        dict(mla=0, cache_type_rope="f16"),
+        "cache_type_rope must not be given with mla 0, whose keys are cached whole, got 'f16'.",
+    ),
     (RUN, dict(mla=4), "4 is not a valid MLAMode"),
 ]
 

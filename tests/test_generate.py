@@ -221,7 +221,7 @@ def test_counts_are_integers(model, arguments):
         ({"ctx_size": 0}, "ctx_size must be in .*, got 0"),
         ({"ctx_size": 2**31}, "ctx_size must be in .*, got 2147483648"),
         ({"ubatch": 0}, "ubatch must be at least 1, got 0"),
-        ({"cache_type": "q8_0"}, "cache_type must be one of f32, f16, bf16, got 'q8_0'"),
+        ({"cache_type": "q9"}, "cache_type must be one of f32, f16, bf16, q8_0, .*, got 'q9'"),
         ({"mla": 4}, "4 is not a valid MLAMode"),
     ],
 )

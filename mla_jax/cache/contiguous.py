@@ -8,9 +8,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from mla_jax.cache import codec
+from mla_jax.cache.codec import Stored
 from mla_jax.config import MLAMode, ModelConfig, RunConfig
 
-_DTYPES = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 SLOT_MULTIPLE = 256  # capacities are rounded up to it, so that chunks of slots never run past the end
 
 
@@ -20,12 +21,12 @@ class LatentRows:
     """One layer's latents, 71 times smaller than DeepSeek-V3's keys and values per head.
 
     Attributes:
-      latent: [B, S, R] normalised latent.
+      latent: [B, S, R] normalised latent, plain or quantised.
       rope: [B, S, P] rotated key part, shared by the heads.
     """
 
-    latent: jax.Array
-    rope: jax.Array
+    latent: Stored
+    rope: Stored
 
     @property
     def num_slots(self) -> int:
@@ -46,8 +47,8 @@ class LatentRows:
 class HeadRows:
     """One layer's keys [B, S, N, A] and values [B, S, N, V] per head: the cache without MLA (mode 0)."""
 
-    key: jax.Array
-    value: jax.Array
+    key: Stored
+    value: Stored
 
     @property
     def num_slots(self) -> int:
@@ -78,16 +79,22 @@ class Cache:
 
 
 def init_cache(config: ModelConfig, run: RunConfig, *, batch: int, ctx_size: int) -> Cache:
-    """Returns an empty cache for `batch` sequences of at most `ctx_size` tokens (rounded up to 256)."""
+    """Returns an empty cache for `batch` sequences of at most `ctx_size` tokens (rounded up to 256).
+
+    Raises:
+      ValueError: if a row is no whole number of blocks of its type or of its rotation.
+    """
     num_slots = -(-ctx_size // SLOT_MULTIPLE) * SLOT_MULTIPLE
-    zeros = lambda *widths: jnp.zeros((batch, num_slots, *widths), _DTYPES[run.cache_type])
-    mla = config.mla
+    empty = lambda name, *widths: codec.empty((batch, num_slots, *widths), name)
+    mla, kind = config.mla, run.cache_type
+    _check_rotation(config, run)
 
     def rows():
         if run.mla == MLAMode.EXPANDED:
             heads = mla.num_heads
-            return HeadRows(key=zeros(heads, mla.qk_head_dim), value=zeros(heads, mla.v_head_dim))
-        return LatentRows(latent=zeros(mla.kv_lora_rank), rope=zeros(mla.qk_rope_head_dim))
+            return HeadRows(key=empty(kind, heads, mla.qk_head_dim), value=empty(kind, heads, mla.v_head_dim))
+        rope = empty(run.rope_type, mla.qk_rope_head_dim)
+        return LatentRows(latent=empty(kind, mla.kv_lora_rank), rope=rope)
 
     layers = tuple(rows() for _ in range(config.num_layers))
     return Cache(layers=layers, length=jnp.zeros((batch,), jnp.int32))
@@ -100,14 +107,24 @@ def bytes_per_token(config: ModelConfig, run: RunConfig) -> int:
     return sum(leaf.size // leaf.shape[1] * leaf.dtype.itemsize for leaf in leaves)
 
 
+def _check_rotation(config, run):
+    mla = config.mla
+    is_expanded = run.mla == MLAMode.EXPANDED
+    widths = [(mla.qk_head_dim if is_expanded else mla.kv_lora_rank, run.latent_rotation)]
+    widths += [] if is_expanded else [(mla.qk_rope_head_dim, run.rope_rotation)]
+    for width, size in widths:
+        if size is not None and width % size:
+            raise ValueError(f"a rotated row must be a multiple of hadamard_size {size} wide, got {width}.")
+
+
 def _write(pool, new, slots):
-    if pool.dtype == jnp.float16:  # a value beyond float16 saturates; inf would poison every later score
-        new = jnp.clip(new, -65504.0, 65504.0)
     rows = jnp.arange(pool.shape[0], dtype=jnp.int32)[:, None]
-    return pool.at[rows, slots].set(new.astype(pool.dtype), mode="drop")
+    set_part = lambda part, new_part: part.at[rows, slots].set(new_part, mode="drop")
+    return jax.tree.map(set_part, pool, codec.encode(new, codec.type_of(pool)))
 
 
 def _read(pool, start, size, length, dtype):
-    chunk = jax.lax.dynamic_slice_in_dim(pool, start, size, axis=1).astype(dtype)
+    chunk = jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, start, size, axis=1), pool)
     live = start + jnp.arange(size, dtype=jnp.int32)[None] < length[:, None]
-    return jnp.where(live.reshape(live.shape + (1,) * (pool.ndim - 2)), chunk, jnp.zeros((), dtype))
+    live = live.reshape(live.shape + (1,) * (pool.ndim - 2))
+    return jnp.where(live, codec.decode(chunk, dtype), jnp.zeros((), dtype))

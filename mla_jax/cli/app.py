@@ -20,6 +20,7 @@ _COMMANDS: dict[str, tuple[Callable, str]] = {
 }
 
 
+_LONGEST_CHOICES = 24  # characters; a longer list is told in the text of its flag
 _VALUE_NAMES = {"int": "N", "float": "X", "string": "TEXT"}
 
 
@@ -88,9 +89,8 @@ def _help_row(flag, short):
     if flag.boolean:
         spelling = f"--[no-]{spelling[2:]}" if flag.default else spelling
     else:
-        spelling += (
-            f" {'|'.join(getattr(flag.parser, 'enum_values', None) or [_VALUE_NAMES[flag.flag_type()]])}"
-        )
+        choices = "|".join(getattr(flag.parser, "enum_values", None) or [_VALUE_NAMES[flag.flag_type()]])
+        spelling += f" {choices if len(choices) < _LONGEST_CHOICES else 'NAME'}"
     is_told = flag.default is None or flag.boolean or flag.name == "model"
     text = flag.help.split(">: ")[-1]  # absl puts the choices first
     letters = f"-{short}," if short else ""

@@ -13,6 +13,7 @@ from absl import logging as absl_logging
 import checkpoints_tools
 from mla_jax import corpus, presets, sampler, steps
 from mla_jax import generate as generate_lib
+from mla_jax.cache import bytes_per_token
 from mla_jax.cli.argv import UsageError
 
 
@@ -108,6 +109,8 @@ def _load(values):
         mla=int(values.mla),
         flash=values.flash_attn != "off",
         cache_type=values.cache_type_k,
+        cache_type_rope=values.cache_type_rope,
+        hadamard_size=_hadamard_size(values),
         ctx_size=values.ctx_size,
         ubatch=min(values.batch_size, values.ubatch_size),
         group_routing=values.grouped_expert_routing,
@@ -115,11 +118,21 @@ def _load(values):
     )
     seconds = time.perf_counter() - started
     _tell(f"loaded {values.model} in {seconds:.1f} s; context {model.ctx_size} tokens; {told}")
+    per_token = bytes_per_token(model.config, model.run)
+    _tell(f"cache: {per_token:,} bytes a token, {per_token * model.ctx_size / 2**20:.1f} MiB in all")
+    if values.k_cache_hadamard and not (model.run.latent_rotation or model.run.rope_rotation):
+        _tell(f"--k-cache-hadamard is off: a cache of type {values.cache_type_k} is not quantised")
     if model.ctx_size > model.config.context_length:
         _tell(
             f"the context is longer than the {model.config.context_length} tokens that the model was made for"
         )
     return model
+
+
+def _hadamard_size(values):
+    if values.hadamard_size is not None and not values.k_cache_hadamard:
+        raise UsageError("--hadamard-size must come with --k-cache-hadamard, which turns the rotation on.")
+    return int(values.hadamard_size or 64) if values.k_cache_hadamard else None
 
 
 def _show_log():

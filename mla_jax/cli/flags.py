@@ -15,6 +15,7 @@ ALIASES = {
     "mla_use": "mla",
     "fa": "flash_attn",
     "ctk": "cache_type_k",
+    "kv_cache_dtype": "cache_type_k",
     "ngl": "n_gpu_layers",
     "gpu_layers": "n_gpu_layers",
     "b": "batch_size",
@@ -51,7 +52,6 @@ ALIASES = {
 _NOT_YET = "it has no effect in this version."
 REFUSED = {
     "smart_expert_reduction": f"Smart Expert Reduction is not built yet, so {_NOT_YET}",
-    "k_cache_hadamard": f"it rotates a quantised cache, and here the cache is not quantised, so {_NOT_YET}",
     "v_cache_hadamard": "values are a part of the latent cache and are not rotated apart.",
     "cache_type_v": "values are a part of the latent cache, so its type is that of --cache-type-k.",
     "attention_max_batch": f"flash attention keeps a chunk of scores at a time already, so {_NOT_YET}",
@@ -74,12 +74,6 @@ REFUSED = {
     "merge_up_gate_experts": f"weights are read as the file has them, so {_NOT_YET}",
     "graph_reuse": f"every step is one compiled call, so {_NOT_YET}",
     "threads_batch": "prompt and generation use the same threads; give --threads.",
-}
-
-_LATER_CACHE_TYPES = ("q8_0", "q8_KV", "q6_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-REFUSED |= {
-    f"cache_type_k={name}": "a quantised cache is not built yet; the types so far are f32, f16 and bf16."
-    for name in _LATER_CACHE_TYPES
 }
 
 _INT32_UPPER = 2**31 - 1
@@ -107,7 +101,7 @@ def _run(values):
     flags.DEFINE_enum(
         "flash_attn", "on", ["on", "off", "auto"], "on and auto: attend to the cache in chunks.", **own
     )
-    flags.DEFINE_enum("cache_type_k", "f16", config_lib.CACHE_TYPES, "type of the cache.", **own)
+    _cache(own)
     flags.DEFINE_integer(
         "batch_size", 2048, "prompt tokens at a time; the smaller of -b and -ub counts.", lower_bound=1, **own
     )
@@ -121,6 +115,15 @@ def _run(values):
     flags.DEFINE_boolean(
         "grouped_expert_routing", True, "route within expert groups if the file has them.", **own
     )
+
+
+def _cache(own):
+    types = config_lib.CACHE_TYPES
+    flags.DEFINE_enum("cache_type_k", "f16", types, f"cache type: {' '.join(types)}.", **own)
+    flags.DEFINE_enum("cache_type_rope", None, types, "cache type of the rotary part, if another.", **own)
+    flags.DEFINE_boolean("k_cache_hadamard", False, "rotate before quantising; for low bits.", **own)
+    sizes = [str(size) for size in config_lib.HADAMARD_SIZES]
+    flags.DEFINE_enum("hadamard_size", None, sizes, "latents that are rotated together; 64.", **own)
 
 
 def _sampling(values):

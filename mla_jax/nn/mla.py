@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax import quant
-from mla_jax.cache import HeadRows, LatentRows
+from mla_jax.cache import HeadRows, LatentRows, rotate
 from mla_jax.config import MLAMode, ModelConfig, RunConfig
 from mla_jax.nn import rope as rope_lib
 from mla_jax.nn.layers import Linear, RMSNorm, read_weight
@@ -24,7 +24,7 @@ PREFILL_TOKENS = 128  # modes 2 and 3 expand from this many new tokens on, paddi
 _MASKED = -1e30  # finite: a chunk that is masked throughout must not produce inf - inf
 
 
-def attend_heads(q, q_rope, rows: HeadRows, positions, *, sm_scale, chunk):
+def attend_heads(q, q_rope, rows: HeadRows, positions, *, sm_scale, chunk, rotation=None):
     """Attends to keys and values cached per head (mode 0).
 
     Args:
@@ -34,15 +34,17 @@ def attend_heads(q, q_rope, rows: HeadRows, positions, *, sm_scale, chunk):
       positions: i32[B, T], ascending in T. A query sees the slots up to its own position.
       sm_scale: multiplies the scores, YaRN's squared temperature included.
       chunk: slots visited at a time; divides the capacity.
+      rotation: block size of the Hadamard rotation that the cached keys have had, None for none.
 
     Returns:
       [B, T, N, V] in the dtype of `q`.
     """
+    q_BTNA = rotate(jnp.concatenate([q, q_rope], axis=-1), rotation)
     read = lambda start: rows.read(start, chunk, positions[:, -1] + 1, q.dtype)
-    return _attend_heads(q, q_rope, read, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
+    return _attend_heads(q_BTNA, read, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
 
 
-def attend_expanded(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, chunk):
+def attend_expanded(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, chunk, rotation=None):
     """Attends with keys and values up-projected from the latent, a chunk at a time. Cheaper when T is large.
 
     Args:
@@ -54,20 +56,23 @@ def attend_expanded(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_sc
       positions: i32[B, T], ascending in T. A query sees the slots up to its own position.
       sm_scale: multiplies the scores, YaRN's squared temperature included.
       chunk: slots visited at a time; divides the capacity.
+      rotation: block size of the Hadamard rotation that the cached latents have had, None for none.
 
     Returns:
       [B, T, N, V] in the dtype of `q`.
     """
+    q_BTNA = jnp.concatenate([q, q_rope], axis=-1)
+    k_up, v_up = rotate(k_up, rotation), rotate(v_up, rotation)
     read = lambda start: expand(*rows.read(start, chunk, positions[:, -1] + 1, q.dtype), k_up, v_up)
-    return _attend_heads(q, q_rope, read, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
+    return _attend_heads(q_BTNA, read, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
 
 
-def attend_absorbed(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, chunk):
+def attend_absorbed(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, chunk, rotation=None):
     """Attends in latent space: multi-query attention, one key head of width R + P. Cheaper when T is small.
 
     Arguments and result as in `attend_expanded`.
     """
-    q_BNTR = jnp.einsum("BTNH,NHR->BNTR", q, k_up)
+    q_BNTR = rotate(jnp.einsum("BTNH,NHR->BNTR", q, k_up), rotation)
     qr_BNTP = q_rope.swapaxes(1, 2)
     length_B = positions[:, -1] + 1
 
@@ -78,7 +83,7 @@ def attend_absorbed(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_sc
         return score_BNTC, lambda prob_BNTC: jnp.einsum("BNTC,BCR->BNTR", prob_BNTC, latent_BCR)
 
     o_BNTR = _running_softmax(visit, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
-    return jnp.einsum("BNTR,NVR->BTNV", o_BNTR.astype(q.dtype), v_up)
+    return jnp.einsum("BNTR,NVR->BTNV", rotate(o_BNTR, rotation).astype(q.dtype), v_up)
 
 
 def expand(latent, rope, k_up, v_up):
@@ -90,9 +95,9 @@ def expand(latent, rope, k_up, v_up):
     return jnp.concatenate([k_BCNH, rope_BCNP], axis=-1), v_BCNV
 
 
-def _attend_heads(q, q_rope, read, positions, num_slots, *, sm_scale, chunk):
+def _attend_heads(q_BTNA, read, positions, num_slots, *, sm_scale, chunk):
     """Attends to whatever keys and values per head `read(start)` gives."""
-    q_BNTA = jnp.concatenate([q, q_rope], axis=-1).swapaxes(1, 2)
+    q_BNTA = q_BTNA.swapaxes(1, 2)
 
     def visit(start):
         k_BCNA, v_BCNV = read(start)
@@ -100,7 +105,7 @@ def _attend_heads(q, q_rope, read, positions, num_slots, *, sm_scale, chunk):
         return score_BNTC, lambda prob_BNTC: jnp.einsum("BNTC,BCNV->BNTV", prob_BNTC, v_BCNV)
 
     o_BNTV = _running_softmax(visit, positions, num_slots, sm_scale=sm_scale, chunk=chunk)
-    return o_BNTV.swapaxes(1, 2).astype(q.dtype)
+    return o_BNTV.swapaxes(1, 2).astype(q_BTNA.dtype)
 
 
 def _running_softmax(visit, positions_BT, num_slots, *, sm_scale, chunk):
@@ -160,14 +165,16 @@ class MLAttention(nn.Module):
         q_BTNH, qr_BTNP = self._queries(x, positions)
         latent_BTR, rope_BTP = self._latents(x, positions)
         k_up, v_up = self._up_projections()
-        chunk = self._chunk(rows, x.shape[1])
+        rotation = None if rows is None else self.run.latent_rotation
+        kwargs = dict(sm_scale=scale, chunk=self._chunk(rows, x.shape[1]), rotation=rotation)
         if rows is None:
             rows = LatentRows(latent=latent_BTR, rope=rope_BTP)
         elif isinstance(rows, LatentRows):
-            rows = rows.append(latent_BTR, rope_BTP, slots)
+            qr_BTNP, rope_BTP = (rotate(part, self.run.rope_rotation) for part in (qr_BTNP, rope_BTP))
+            rows = rows.append(rotate(latent_BTR, rotation), rope_BTP, slots)
         else:
-            rows = rows.append(*expand(latent_BTR, rope_BTP, k_up, v_up), slots)
-        kwargs = dict(sm_scale=scale, chunk=chunk)
+            k_BTNA, v_BTNV = expand(latent_BTR, rope_BTP, k_up, v_up)
+            rows = rows.append(rotate(k_BTNA, rotation), v_BTNV, slots)
         if isinstance(rows, HeadRows):
             o_BTNV = attend_heads(q_BTNH, qr_BTNP, rows, positions, **kwargs)
         else:

@@ -44,7 +44,7 @@ def _join(values: jax.Array, axes: int) -> jax.Array:
     return values.reshape(*values.shape[:-axes], -1)
 
 
-def _fields(values: jax.Array, shifts: tuple[int, ...], mask: int) -> jax.Array:
+def fields(values: jax.Array, shifts: tuple[int, ...], mask: int) -> jax.Array:
     """Extracts bit fields of bytes: [..., n] -> [..., shifts, n], field s being `(byte >> s) & mask`."""
     parts = [jax.lax.shift_right_logical(values, jnp.full_like(values, s)) & jnp.uint8(mask) for s in shifts]
     return jnp.stack(parts, axis=-2)
@@ -56,14 +56,14 @@ def _decode_q8_0(blocks: jax.Array) -> jax.Array:
 
 
 def _decode_q4_0(blocks: jax.Array) -> jax.Array:
-    codes = _join(_fields(blocks[..., 2:], (0, 4), 0x0F), 2)
+    codes = _join(fields(blocks[..., 2:], (0, 4), 0x0F), 2)
     return _float16(blocks, 0) * (codes.astype(jnp.float32) - jnp.float32(8))
 
 
 def _decode_q5_0(blocks: jax.Array) -> jax.Array:
     """Decodes `d * (code - 16)`; bit j of bytes 2 to 5 is the fifth bit of code j."""
-    low = _join(_fields(blocks[..., 6:], (0, 4), 0x0F), 2)
-    high = _join(_fields(blocks[..., 2:6], tuple(range(8)), 0x01).swapaxes(-1, -2), 2)
+    low = _join(fields(blocks[..., 6:], (0, 4), 0x0F), 2)
+    high = _join(fields(blocks[..., 2:6], tuple(range(8)), 0x01).swapaxes(-1, -2), 2)
     codes = low | (high << jnp.uint8(4))
     return _float16(blocks, 0) * (codes.astype(jnp.float32) - jnp.float32(16))
 
@@ -78,7 +78,7 @@ def _decode_q4_k(blocks: jax.Array) -> jax.Array:
     six, two, four = jnp.uint8(0x3F), jnp.uint8(2), jnp.uint8(4)
     scales = jnp.concatenate([low & six, (mixed & jnp.uint8(0x0F)) | ((low >> two) & jnp.uint8(0x30))], -1)
     minima = jnp.concatenate([high & six, (mixed >> four) | ((high >> two) & jnp.uint8(0x30))], -1)
-    codes = _fields(_split(blocks[..., 16:], 4), (0, 4), 0x0F)
+    codes = fields(_split(blocks[..., 16:], 4), (0, 4), 0x0F)
     codes = codes.reshape(*blocks.shape[:-1], 8, 32).astype(jnp.float32)
     scale = _float16(blocks, 0) * scales.astype(jnp.float32)
     minimum = _float16(blocks, 2) * minima.astype(jnp.float32)
@@ -88,8 +88,8 @@ def _decode_q4_k(blocks: jax.Array) -> jax.Array:
 def _decode_q6_k(blocks: jax.Array) -> jax.Array:
     """Decodes 16 runs of 16 weights, each `d * scale * (code - 32)`; a code is 4 low and 2 high bits."""
     shape = (*blocks.shape[:-1], 16, 16)
-    low = _fields(_split(blocks[..., :128], 2), (0, 4), 0x0F).reshape(shape)
-    high = _fields(_split(blocks[..., 128:192], 2), (0, 2, 4, 6), 0x03).reshape(shape)
+    low = fields(_split(blocks[..., :128], 2), (0, 4), 0x0F).reshape(shape)
+    high = fields(_split(blocks[..., 128:192], 2), (0, 2, 4, 6), 0x03).reshape(shape)
     codes = (low | (high << jnp.uint8(4))).astype(jnp.float32) - jnp.float32(32)
     scales = jax.lax.bitcast_convert_type(blocks[..., 192:208], jnp.int8).astype(jnp.float32)
     return _join((_float16(blocks, 208) * scales)[..., None] * codes, 2)

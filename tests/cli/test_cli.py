@@ -87,9 +87,10 @@ def run_apart(home, *args, stdin="", **environment):
 def test_a_process_streams_text_to_stdout_and_figures_to_stderr(home, path, expected):
     code, out, err = run_apart(home, "generate", "-m", path, "-p", "the", "-n", "8", "--temp", "0")
     assert (code, out) == (0, f"the{expected}\n")
-    loaded, figures = err.splitlines()
+    loaded, cache, figures = err.splitlines()
     assert loaded.startswith(f"loaded {path} in ") and "context 4096 tokens" in loaded
     assert loaded.endswith(f"compiled code is kept in {home / '.cache' / 'mla_jax' / 'xla'}")
+    assert cache == "cache: 192 bytes a token, 0.8 MiB in all"  # 2 layers of 32 + 16 numbers in 16 bits
     assert figures.startswith("3 prompt tokens, first token after ")
     assert figures.endswith("tokens/s; finished: length")
 
@@ -233,7 +234,8 @@ def test_help_tells_spellings_values_and_defaults(run):
     rows = {line[8:].split()[0]: line for line in out.splitlines()[2:]}
     assert rows["--model"].startswith("  -m,   --model TEXT ")
     assert "on|off|auto" in rows["--flash-attn"] and rows["--flash-attn"].endswith("[on]")
-    assert rows["--cache-type-k"].startswith("  -ctk, --cache-type-k f32|f16|bf16 ")
+    assert rows["--cache-type-k"].startswith("  -ctk, --cache-type-k NAME ")
+    assert "f32 f16 bf16 q8_0 q8_KV" in rows["--cache-type-k"] and "64|128|256|512" in rows["--hadamard-size"]
     assert rows["--top-k"].startswith("        --top-k N ") and rows["--top-k"].endswith("[40]")
     assert "--[no-]display-prompt" in rows
 
@@ -252,7 +254,8 @@ def test_help_tells_spellings_values_and_defaults(run):
         (["generate", "-p", "x", "--top-p", "2"], "top_p must be in (0, 1], got 2.0."),
         (["generate", "-p", "x", "--temp", "nan"], "temperature must be finite and at least 0, got nan."),
         (["generate", "-p", "x", "--promt", "x"], "there is no flag --promt. Did you mean --prompt?"),
-        (["chat", "-ctk", "q8_0"], "-ctk q8_0 cannot be used: a quantised cache is not built yet"),
+        (["chat", "-ctk", "q9"], "-ctk must be one of f32, f16, bf16, q8_0"),
+        (["chat", "--hadamard-size", "64"], "--hadamard-size must come with --k-cache-hadamard"),
         (["generate", "-ser", "6,1"], "-ser cannot be used: Smart Expert Reduction is not built yet"),
         (["train"], "--out must be given: the GGUF file to write."),
         (

@@ -19,24 +19,27 @@ import time
 
 import numpy as np
 
-_CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30}
+_CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q8_KV": 151, "q6_0": 133, "q4_0": 2, "q4_1": 3}
+_CACHE_TYPES |= {"q5_0": 6, "q5_1": 7, "iq4_nl": 20}
 _CELLS = 256  # with flash attention the context is a whole number of these
 _LOG_TAIL = 4000
 
 
-def logits(path, tokens, *, mla=3, step=False) -> np.ndarray:
-    """Returns f32[T, W], the logits after each token, with flash attention and a float16 cache.
+def logits(path, tokens, *, mla=3, step=False, cache_type="f16") -> np.ndarray:
+    """Returns f32[T, W], the logits after each token, with flash attention.
 
     Args:
       path: GGUF file.
       tokens: [T] ids.
       mla: 0 to 3.
       step: feed one token at a time, as when generating, and not all at once.
+      cache_type: as ik_llama.cpp spells it.
 
     Raises:
       RuntimeError: if ik_llama.cpp refuses the file or the settings; its log is the message.
     """
-    with tempfile.TemporaryDirectory() as folder, Process(path, mla=mla, ctx_size=len(tokens)) as process:
+    settings = dict(mla=mla, ctx_size=len(tokens), cache_type=cache_type)
+    with tempfile.TemporaryDirectory() as folder, Process(path, **settings) as process:
         out = pathlib.Path(folder) / "logits.npy"
         process.ask("logits", tokens=[int(t) for t in tokens], step=step, out=str(out))
         return np.load(out)
@@ -49,7 +52,7 @@ class Process:
       path: GGUF file.
       mla: 0 to 3.
       flash: use flash attention.
-      cache_type: "f32", "f16" or "bf16".
+      cache_type: a key of `_CACHE_TYPES`.
       ctx_size: tokens that the cache holds at least.
       threads: of the CPU.
       script: what to run; another one may answer the same requests with another engine.

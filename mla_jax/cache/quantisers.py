@@ -1,0 +1,149 @@
+"""How a block of numbers becomes codes: the rules by which ik_llama.cpp fills a cache on the CPU.
+
+Each takes float32[..., blocks, n] and returns codes of the same shape, and scale and offset (None where the
+type has none) float32[..., blocks], still unrounded: codes are chosen by the unrounded scale. Codes of the
+8-bit types are signed, all others count from 0.
+
+q4_0, q6_0 and iq4_nl refit their scale once the codes are known: the least squares solution for codes c,
+weighted by the squares of the values, d = sum(x^2 c x) / sum(x^2 c^2).
+
+Source: iqk_quantize.cpp and ggml-quants.c of ik_llama.cpp; restated, and tested code for code against it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+IQ4_NL_LEVELS = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
+)
+_MIDPOINTS = (IQ4_NL_LEVELS[1:] + IQ4_NL_LEVELS[:-1]) / 2
+_MAX_MOVES = 1024  # no block comes near it; a bound in case rounding makes the search go in a circle
+
+
+def q8_0(x):
+    """Rounds to the nearest multiple of the largest magnitude / 127, ties to even."""
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    inverse = jnp.where(largest > 0, 127.0 / jnp.where(largest > 0, largest, 1.0), 0.0)
+    return jnp.rint(x * inverse[..., None]), _divide(largest, 127.0), None
+
+
+def q8_kv(x):
+    """As `q8_0`, but codes come from the reciprocal of the rounded scale; a block is a whole row."""
+    scale = _divide(jnp.max(jnp.abs(x), axis=-1), 127.0)
+    return jnp.rint(x * _inverse(scale, 1.0)[..., None]), scale, None
+
+
+def q6_0(x):
+    """Puts the number of largest magnitude at code 0, and refits the scale."""
+    return _from_extreme(x, 32, refit=True)
+
+
+def q5_0(x):
+    """Puts the number of largest magnitude at code 0."""
+    return _from_extreme(x, 16, refit=False)
+
+
+def q5_1(x):
+    """Spreads the codes evenly from the smallest to the largest number."""
+    return _from_minimum(x, 31)
+
+
+def q4_1(x):
+    """Spreads the codes evenly from the smallest to the largest number."""
+    return _from_minimum(x, 15)
+
+
+def q4_0(x):
+    """Puts the number of largest magnitude at code 0, rounds ties to even, and refits the scale."""
+    largest, smallest = jnp.max(x, axis=-1), jnp.min(x, axis=-1)
+    extreme = jnp.where(jnp.abs(largest) > jnp.abs(smallest), largest, smallest)
+    inverse = jnp.where(jnp.abs(extreme) > 1e-13, _inverse(extreme, -8.0), 0.0)
+    codes = jnp.minimum(jnp.rint(x * inverse[..., None]), 7.0)
+    return codes + 8.0, _refit(x, codes, x * x, extreme / -8.0), None
+
+
+def iq4_nl(x):
+    """Takes the nearest of 16 uneven levels, refits, then moves single codes as long as the fit improves."""
+    extreme = _extreme(x)
+    scaled = x * _inverse(extreme, float(IQ4_NL_LEVELS[0]))[..., None]
+    codes = jnp.searchsorted(jnp.asarray(_MIDPOINTS), scaled, side="right").astype(jnp.int32)
+    codes = jnp.where(extreme[..., None] == 0, 0, codes)
+    state = codes, *_fit(x, _level(codes), x * x), extreme != 0
+    step = lambda i_state: (i_state[0] + 1, _move_one_code(x, *i_state[1]))
+    goes_on = lambda i_state: jnp.any(i_state[1][-1]) & (i_state[0] < _MAX_MOVES)
+    _, (codes, along, length, _) = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state))
+    return codes, jnp.where(length > 0, along / length, 0.0), None
+
+
+def _level(codes):
+    return jnp.take(jnp.asarray(IQ4_NL_LEVELS), codes, axis=0)
+
+
+def _move_one_code(x, codes, along, length, moves):
+    """Moves the code whose step needs the least push, in each block that still `moves`, unless that is worse.
+
+    `along` is sum(x^2 c x) and `length` sum(x^2 c^2): the best scale is their ratio, and the error that is
+    left falls as along^2 / length grows.
+    """
+    level, weight, scale = _level(codes), x * x, along / length
+    slope = scale[..., None] * weight * (x - scale[..., None] * level)
+    moved = codes + jnp.sign(slope).astype(jnp.int32)
+    change = _level(jnp.clip(moved, 0, 15)) - level
+    is_possible = (slope != 0) & (moved >= 0) & (moved <= 15)
+    push = jnp.where(is_possible, change / jnp.where(is_possible, slope, 1.0), jnp.inf)
+    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    chosen = places == jnp.argmin(push, axis=-1, keepdims=True)
+    pick = lambda numbers: jnp.sum(jnp.where(chosen, numbers, 0), axis=-1)
+    old, new = pick(level), pick(level) + pick(change)
+    new_along = along + pick(weight) * pick(x) * (new - old)
+    new_length = length + pick(weight) * (new * new - old * old)
+    improves = jnp.any(is_possible, axis=-1) & (new_length > 0)
+    improves &= new_along * new_along > scale * along * new_length
+    moves &= improves
+    codes = jnp.where(moves[..., None] & chosen, moved, codes)
+    return codes, jnp.where(moves, new_along, along), jnp.where(moves, new_length, length), moves
+
+
+def _from_extreme(x, half, *, refit):
+    """Codes of `half` below to `half - 1` above zero; the scale has the sign that puts the extreme at 0."""
+    extreme = _extreme(x)
+    scaled = x * _inverse(extreme, -float(half))[..., None]
+    codes = jnp.minimum(jnp.trunc(scaled + (half + 0.5)), 2.0 * half - 1.0)
+    scale = extreme / -float(half)
+    if refit:
+        scale = _refit(x, codes - half, scaled * scaled, scale)
+    return codes, scale, None
+
+
+def _from_minimum(x, largest_code):
+    smallest = jnp.min(x, axis=-1)
+    spread = jnp.max(x, axis=-1) - smallest
+    scaled = (x - smallest[..., None]) * _inverse(spread, float(largest_code))[..., None]
+    codes = jnp.minimum(jnp.trunc(scaled + 0.5), float(largest_code))
+    return codes, _divide(spread, largest_code), smallest
+
+
+def _extreme(x):
+    """Returns the number of largest magnitude of each block with its sign, of several the first."""
+    return jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), axis=-1, keepdims=True), axis=-1)[..., 0]
+
+
+def _inverse(extreme, code):
+    """Returns the factor that brings `extreme` to `code`, by way of the scale; 0 for a block of zeros."""
+    scale = _divide(extreme, code)
+    return jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
+
+
+def _divide(x, constant):
+    """Divides; without the barrier XLA would multiply by the rounded reciprocal."""
+    return x / jax.lax.optimization_barrier(jnp.full(x.shape, constant, x.dtype))
+
+
+def _fit(x, codes, weights):
+    return jnp.sum(weights * codes * x, axis=-1), jnp.sum(weights * codes * codes, axis=-1)
+
+
+def _refit(x, codes, weights, scale):
+    along, length = _fit(x, codes, weights)
+    return jnp.where(length > 0, along / jnp.where(length > 0, length, 1.0), scale)
