@@ -171,6 +171,7 @@ class RunConfig:
     cache_type: str = "f16"
     cache_type_rope: str | None = None  # of the rotated key part; None: as `cache_type`
     hadamard_size: int | None = None  # numbers of a latent rotated together before they are quantised
+    attention_max_batch: int = 256  # MiB for the scores, keys and values of some heads at a time; 0: no limit
     group_routing: bool = True  # False: ignore expert groups, as ik_llama.cpp does
 
     def __post_init__(self):
@@ -184,6 +185,8 @@ class RunConfig:
                 f"cache_type_rope must not be given with mla 0, whose keys are cached whole, "
                 f"got {self.cache_type_rope!r}."
             )
+        if self.attention_max_batch < 0:
+            raise ValueError(f"attention_max_batch must be at least 0, got {self.attention_max_batch}.")
         if self.hadamard_size not in (None, *HADAMARD_SIZES):
             sizes = ", ".join(map(str, HADAMARD_SIZES))
             raise ValueError(f"hadamard_size must be one of {sizes}, or None, got {self.hadamard_size!r}.")

@@ -265,6 +265,7 @@ def load(
     cache_type: str = "f16",
     cache_type_rope: str | None = None,
     hadamard_size: int | None = None,
+    attention_max_batch: int = 256,
     ctx_size: int | None = None,
     ubatch: int = DEFAULT_UBATCH,
     group_routing: bool = True,
@@ -281,6 +282,8 @@ def load(
       cache_type_rope: type of the rotary part, None for the same.
       hadamard_size: 64, 128, 256 or 512 latents are rotated together before they are quantised; None for
         none, and without effect on a cache that is not quantised.
+      attention_max_batch: MiB that attention holds at a time in modes 1 to 3, by groups of heads; 0 for no
+        limit.
       ctx_size: tokens that the cache holds; 0 is the model's own limit, None that or 8,192, the smaller.
       ubatch: prompt tokens computed at a time.
       group_routing: False ignores expert groups, as ik_llama.cpp does.
@@ -300,6 +303,7 @@ def load(
         cache_type=cache_type,
         cache_type_rope=cache_type_rope,
         hadamard_size=hadamard_size,
+        attention_max_batch=attention_max_batch,
         group_routing=group_routing,
     )
     if compilation_cache is not None:

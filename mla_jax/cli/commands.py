@@ -15,6 +15,7 @@ from mla_jax import corpus, presets, sampler, steps
 from mla_jax import generate as generate_lib
 from mla_jax.cache import bytes_per_token
 from mla_jax.cli.argv import UsageError
+from mla_jax.config import MLAMode
 
 
 def generate(values):
@@ -111,6 +112,7 @@ def _load(values):
         cache_type=values.cache_type_k,
         cache_type_rope=values.cache_type_rope,
         hadamard_size=_hadamard_size(values),
+        attention_max_batch=values.attention_max_batch,
         ctx_size=values.ctx_size,
         ubatch=min(values.batch_size, values.ubatch_size),
         group_routing=values.grouped_expert_routing,
@@ -120,6 +122,8 @@ def _load(values):
     _tell(f"loaded {values.model} in {seconds:.1f} s; context {model.ctx_size} tokens; {told}")
     per_token = bytes_per_token(model.config, model.run)
     _tell(f"cache: {per_token:,} bytes a token, {per_token * model.ctx_size / 2**20:.1f} MiB in all")
+    if values["attention_max_batch"].present and model.run.mla == MLAMode.EXPANDED:
+        _tell("--attention-max-batch has no effect with -mla 0")
     if values.k_cache_hadamard and not (model.run.latent_rotation or model.run.rope_rotation):
         _tell(f"--k-cache-hadamard is off: a cache of type {values.cache_type_k} is not quantised")
     if model.ctx_size > model.config.context_length:

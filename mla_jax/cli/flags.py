@@ -54,7 +54,6 @@ REFUSED = {
     "smart_expert_reduction": f"Smart Expert Reduction is not built yet, so {_NOT_YET}",
     "v_cache_hadamard": "values are a part of the latent cache and are not rotated apart.",
     "cache_type_v": "values are a part of the latent cache, so its type is that of --cache-type-k.",
-    "attention_max_batch": f"flash attention keeps a chunk of scores at a time already, so {_NOT_YET}",
     "run_time_repack": f"weights are read in the blocks of the file, so {_NOT_YET}",
     "override_tensor": f"every tensor lies on one device, so {_NOT_YET}",
     "cpu_moe": f"every tensor lies on one device, so {_NOT_YET}",
@@ -102,6 +101,14 @@ def _run(values):
         "flash_attn", "on", ["on", "off", "auto"], "on and auto: attend to the cache in chunks.", **own
     )
     _cache(own)
+    flags.DEFINE_integer(
+        "attention_max_batch",
+        256,
+        "MiB of attention held at a time, by groups of heads; 0: no limit.",
+        lower_bound=0,
+        upper_bound=_INT32_UPPER,
+        **own,
+    )
     flags.DEFINE_integer(
         "batch_size", 2048, "prompt tokens at a time; the smaller of -b and -ub counts.", lower_bound=1, **own
     )

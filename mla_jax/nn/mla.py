@@ -95,6 +95,16 @@ def expand(latent, rope, k_up, v_up):
     return jnp.concatenate([k_BCNH, rope_BCNP], axis=-1), v_BCNV
 
 
+def head_groups(num_heads: int, bytes_per_head: int, limit: int) -> int:
+    """Returns the least number of equal groups of heads of which one takes at most `limit` MiB.
+
+    A head is never cut: groups of one head may take more. A `limit` of 0 is none.
+    """
+    fits = lambda groups: num_heads // groups * bytes_per_head <= limit << 20
+    divisors = (groups for groups in range(1, num_heads + 1) if num_heads % groups == 0)
+    return 1 if limit == 0 else next(filter(fits, divisors), num_heads)
+
+
 def _attend_heads(q_BTNA, read, positions, num_slots, *, sm_scale, chunk):
     """Attends to whatever keys and values per head `read(start)` gives."""
     q_BNTA = q_BTNA.swapaxes(1, 2)
@@ -179,10 +189,22 @@ class MLAttention(nn.Module):
             o_BTNV = attend_heads(q_BTNH, qr_BTNP, rows, positions, **kwargs)
         else:
             attend = attend_expanded if self._expands(x.shape[1]) else attend_absorbed
-            o_BTNV = attend(q_BTNH, qr_BTNP, rows, k_up, v_up, positions, **kwargs)
+            o_BTNV = self._in_head_groups(attend, q_BTNH, qr_BTNP, rows, k_up, v_up, positions, **kwargs)
         out_scale = 0.5 / self.config.num_layers  # two residual branches a layer
         o_BTD = Linear(x.shape[-1], out_scale, name="out")(o_BTNV.reshape(*x.shape[:2], -1))
         return o_BTD, rows
+
+    def _in_head_groups(self, attend, q_BTNH, qr_BTNP, rows, k_up, v_up, positions, **kwargs):
+        """Attends some heads after the other, so that what is held at a time fits `attention_max_batch`."""
+        B, T, N, _ = q_BTNH.shape
+        per_slot = T if attend is attend_absorbed else T + self.config.mla.qk_head_dim + v_up.shape[1]
+        groups = head_groups(N, 4 * B * kwargs["chunk"] * per_slot, self.run.attention_max_batch)
+        if groups == 1:
+            return attend(q_BTNH, qr_BTNP, rows, k_up, v_up, positions, **kwargs)
+        split = lambda part, axis: jnp.stack(jnp.split(part, groups, axis))
+        parts = split(q_BTNH, 2), split(qr_BTNP, 2), split(k_up, 0), split(v_up, 0)
+        one = lambda part: attend(part[0], part[1], rows, part[2], part[3], positions, **kwargs)
+        return jnp.concatenate(jax.lax.map(one, parts), axis=2)
 
     def _queries(self, x, positions):
         mla = self.config.mla

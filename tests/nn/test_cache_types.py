@@ -181,6 +181,37 @@ def test_a_cache_that_is_not_quantised_is_not_rotated():
     )
 
 
+def test_groups_of_heads_give_the_same_logits(monkeypatch):
+    """With a MiB taken for a byte every call is cut into single heads."""
+    whole = [_logits(RunConfig(mla=mode, cache_type="f32"), PLANS["with history"]) for mode in (1, 3)]
+    _step.clear_cache()
+    sizes = []
+    monkeypatch.setattr(mla, "head_groups", lambda *args: sizes.append(args) or 2)
+    for mode, expected in zip((1, 3), whole, strict=True):
+        found = _logits(RunConfig(mla=mode, cache_type="f32"), PLANS["with history"])
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    _step.clear_cache()
+    assert {heads for heads, *_ in sizes} == {2} and {limit for *_, limit in sizes} == {256}
+    # the scores of a call of 130 tokens over 256 slots, and the 128 + 64 numbers of a key and value of each
+    assert {4 * 256 * 130, 4 * 256 * (130 + 192)} <= {num_bytes for _, num_bytes, _ in sizes}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "groups"),
+    [
+        ((128, 1 << 20, 0), 1),
+        ((128, 1 << 20, 128), 1),
+        ((128, 1 << 20, 127), 2),
+        ((20, 1 << 20, 9), 4),
+        ((20, 1 << 20, 3), 10),
+        ((20, 2 << 20, 1), 20),
+        ((7, 1 << 20, 6), 7),
+    ],
+)
+def test_heads_are_cut_into_as_few_groups_as_fit(arguments, groups):
+    assert mla.head_groups(*arguments) == groups
+
+
 def test_a_row_must_be_whole_rotations():
     with pytest.raises(ValueError, match="must be a multiple of hadamard_size 128 wide, got 64"):
         init_cache(CONFIG, RunConfig(cache_type="q8_0", hadamard_size=128), batch=1, ctx_size=1)
