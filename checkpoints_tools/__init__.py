@@ -9,6 +9,7 @@ from checkpoints_tools.gguf_file import GGUFError, open_gguf
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from checkpoints_tools.inspect import describe
 from checkpoints_tools.load import Checkpoint, load_gguf
+from checkpoints_tools.plan import plan
 from checkpoints_tools.save import export_gguf, save_gguf
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "export_gguf",
     "load_gguf",
     "open_gguf",
+    "plan",
     "save_gguf",
     "write_gguf",
 ]

@@ -50,7 +50,7 @@ def _summary(file: GGUFFile) -> str:
         rows += _sizes(config)
     except GGUFError as error:
         rows.append(("cannot be run", str(error).removeprefix(f"{file.path}: ")))
-    return _columns(rows)
+    return columns(rows)
 
 
 def _type_counts(file: GGUFFile) -> str:
@@ -96,7 +96,7 @@ def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
 
 def _keys(file: GGUFFile) -> str:
     rows = [(_plain(key), field.type_name, _show(field)) for key, field in file.metadata.fields.items()]
-    return _columns([("key", "type", "value"), *rows])
+    return columns([("key", "type", "value"), *rows])
 
 
 def _tensors(file: GGUFFile) -> str:
@@ -104,7 +104,7 @@ def _tensors(file: GGUFFile) -> str:
         (_plain(info.name), " x ".join(map(str, info.shape)), info.type_name, f"{info.num_bytes:,}")
         for info in file.tensors.values()
     ]
-    return _columns([("tensor", "shape", "type", "bytes"), *rows])
+    return columns([("tensor", "shape", "type", "bytes"), *rows])
 
 
 def _show(field: Field) -> str:
@@ -128,7 +128,8 @@ def _plain(value: Any) -> str:
     return repr(value) if is_odd else str(value)
 
 
-def _columns(rows: Iterable[tuple[str, ...]]) -> str:
+def columns(rows: Iterable[tuple[str, ...]]) -> str:
+    """Lays rows of cells out as a table, each column as wide as its longest cell."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

@@ -16,10 +16,12 @@ _COMMANDS: dict[str, tuple[Callable, str]] = {
     "generate": (commands.generate, "continue a prompt"),
     "chat": (commands.chat, "talk to a model, turn by turn"),
     "inspect": (commands.inspect, "print what a GGUF file holds"),
+    "plan": (commands.plan, "print the memory of a model and its cache in every type"),
     "train": (commands.train, "train the packaged model on Python's own sources"),
 }
 
 
+_TAKE_A_FILE = ("inspect", "plan")  # may be given the model without --model
 _LONGEST_CHOICES = 24  # characters; a longer list is told in the text of its flag
 _VALUE_NAMES = {"int": "N", "float": "X", "string": "TEXT"}
 
@@ -60,7 +62,10 @@ def _run(args):
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
         raise argv_lib.UsageError(f"the command must be one of {', '.join(_COMMANDS)}, got {name!r}.{hint}")
     values = flags_lib.command_flags(name)
-    argv_lib.parse(args[1:], values, aliases=flags_lib.ALIASES, refused=flags_lib.REFUSED)
+    positional = "model" if name in _TAKE_A_FILE else None
+    argv_lib.parse(
+        args[1:], values, aliases=flags_lib.ALIASES, refused=flags_lib.REFUSED, positional=positional
+    )
     if values.help:
         print(_help(name, values))
         return 0

@@ -19,6 +19,7 @@ def parse(
     *,
     aliases: Mapping[str, str],
     refused: Mapping[str, str],
+    positional: str | None = None,
 ) -> None:
     """Parses `args` into `values`.
 
@@ -27,11 +28,14 @@ def parse(
       values: the flags that the command takes.
       aliases: other spelling -> name of the flag, without dashes and with underscores.
       refused: "flag" or "flag=value" of the reference that does nothing here yet -> why.
+      positional: the flag that a first argument belongs to if it is none itself.
 
     Raises:
       UsageError: for a positional argument, an unknown or refused flag, or a value that a flag cannot take.
     """
     rest = list(args)
+    if positional and rest and not rest[0].startswith("-"):
+        _set(positional, values[positional], rest.pop(0))
     while rest:
         written, has_value, value = rest.pop(0).partition("=")
         if not written.startswith("-") or written.strip("-") == "":

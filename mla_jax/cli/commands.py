@@ -15,7 +15,7 @@ from mla_jax import corpus, presets, sampler, steps
 from mla_jax import generate as generate_lib
 from mla_jax.cache import bytes_per_token
 from mla_jax.cli.argv import UsageError
-from mla_jax.config import MLAMode
+from mla_jax.config import MLAMode, RunConfig
 
 
 def generate(values):
@@ -59,6 +59,12 @@ def chat(values):
 def inspect(values):
     """Prints metadata and tensors of a GGUF file, of any architecture."""
     _write(checkpoints_tools.describe(values.model) + "\n")
+
+
+def plan(values):
+    """Prints what a model and its cache take in memory, without loading it."""
+    run = RunConfig(mla=int(values.mla), cache_type_rope=values.cache_type_rope)
+    _write(checkpoints_tools.plan(values.model, ctx_size=values.ctx_size, run=run) + "\n")
 
 
 def train(values):

@@ -84,7 +84,7 @@ def _model(values):
     flags.DEFINE_string("model", default, "GGUF file; without it, the packaged model.", flag_values=values)
 
 
-def _run(values):
+def _size(values):
     own = dict(flag_values=values)
     flags.DEFINE_integer(
         "ctx_size",
@@ -97,6 +97,11 @@ def _run(values):
     flags.DEFINE_enum(
         "mla", "3", "0 1 2 3".split(), "0: cache per head, 1: absorbed, 2: mixed, 3: FlashMLA-3.", **own
     )
+
+
+def _run(values):
+    own = dict(flag_values=values)
+    _size(values)
     flags.DEFINE_enum(
         "flash_attn", "on", ["on", "off", "auto"], "on and auto: attend to the cache in chunks.", **own
     )
@@ -124,10 +129,15 @@ def _run(values):
     )
 
 
+def _rope(own):
+    types = config_lib.CACHE_TYPES
+    flags.DEFINE_enum("cache_type_rope", None, types, "cache type of the rotary part, if another.", **own)
+
+
 def _cache(own):
     types = config_lib.CACHE_TYPES
     flags.DEFINE_enum("cache_type_k", "f16", types, f"cache type: {' '.join(types)}.", **own)
-    flags.DEFINE_enum("cache_type_rope", None, types, "cache type of the rotary part, if another.", **own)
+    _rope(own)
     flags.DEFINE_boolean("k_cache_hadamard", False, "rotate before quantising; for low bits.", **own)
     sizes = [str(size) for size in config_lib.HADAMARD_SIZES]
     flags.DEFINE_enum("hadamard_size", None, sizes, "latents that are rotated together; 64.", **own)
@@ -203,6 +213,9 @@ def command_flags(command: str) -> flags.FlagValues:
     if command in ("generate", "chat"):
         _sampling(values)
         _run(values)
+    if command == "plan":
+        _size(values)
+        _rope(dict(flag_values=values))
     if command == "generate":
         flags.DEFINE_boolean("display_prompt", True, "print the prompt first.", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this.", flag_values=values)

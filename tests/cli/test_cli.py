@@ -19,7 +19,7 @@ from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from mla_jax import generate, steps
 from mla_jax.cli import commands, main
 
-COMMANDS = ("generate", "chat", "inspect", "train")
+COMMANDS = ("generate", "chat", "inspect", "plan", "train")
 SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
@@ -114,6 +114,22 @@ def test_inspect_prints_sizes_keys_and_tensors(run, path):
     assert (code, err) == (0, "")
     assert out == checkpoints_tools.describe(path) + "\n"
     assert "deepseek2.attention.kv_lora_rank" in out and "blk.1.ffn_gate_exps.weight" in out
+
+
+def test_plan_takes_a_file_or_a_preset_without_a_flag(run, path):
+    code, out, err = run("plan", "deepseek-v3", "-c", "1024")
+    assert (code, err) == (0, "") and "70,272" in out
+    assert run("plan", path)[1] == run("plan", "--model", path)[1]
+    code, out, err = run("plan", "absent.gguf")
+    assert (code, out) == (
+        2,
+        "",
+    ) and err == "mla-jax: absent.gguf: cannot be read: No such file or directory.\n"
+
+
+def test_a_rotation_of_what_is_not_quantised_is_said_to_be_off(run, path):
+    code, _, err = run("generate", "-m", path, "-p", "the", "-n", "1", "-khad")
+    assert code == 0 and "--k-cache-hadamard is off: a cache of type f16 is not quantised" in err
 
 
 @pytest.mark.parametrize(
@@ -245,9 +261,12 @@ def test_help_tells_spellings_values_and_defaults(run):
     [
         (
             ["generat"],
-            "the command must be one of generate, chat, inspect, train, got 'generat'. Did you mean",
+            "the command must be one of generate, chat, inspect, plan, train, got 'generat'. Did you mean",
         ),
-        (["--prompt", "x"], "the command must be one of generate, chat, inspect, train, got '--prompt'."),
+        (
+            ["--prompt", "x"],
+            "the command must be one of generate, chat, inspect, plan, train, got '--prompt'.",
+        ),
         (["generate"], "--prompt must be given and not be empty: it is the text to continue."),
         (["generate", "-p", ""], "--prompt must be given and not be empty: it is the text to continue."),
         (["generate", "-p", "x", "-n", "0"], "--predict must be positive, or -1 for no limit, got 0."),
