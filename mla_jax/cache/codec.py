@@ -17,6 +17,8 @@ from mla_jax.quant import formats
 
 PLAIN = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16, "fp8_e4m3": jnp.float8_e4m3fn}
 
+_LARGEST = 2.0**24  # no float16 scale reaches further, and its square times itself is finite in float32
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockType:
@@ -117,8 +119,10 @@ def encode(values: jax.Array, name: str) -> Stored:
     if name in PLAIN:
         return _saturate(values, PLAIN[name])
     kind = BLOCK_TYPES[name]
-    blocks = values.astype(jnp.float32).reshape(*values.shape[:-1], -1, kind.block or values.shape[-1])
+    blocks = jnp.clip(values.astype(jnp.float32), -_LARGEST, _LARGEST)
+    blocks = blocks.reshape(*values.shape[:-1], -1, kind.block or values.shape[-1])
     codes, scale, offset = kind.quantise(blocks)
+    scale = jnp.where(jnp.any(jnp.isnan(blocks), axis=-1), jnp.nan, scale)  # XLA's max may skip a NaN
     codes = codes.reshape(values.shape)
     if kind.low_bits == 8:
         low, high = codes.astype(jnp.int8), None
