@@ -136,7 +136,7 @@ def _rope(own):
 
 def _cache(own):
     types = config_lib.CACHE_TYPES
-    flags.DEFINE_enum("cache_type_k", "f16", types, f"cache type: {' '.join(types)}.", **own)
+    flags.DEFINE_enum("cache_type_k", "f16", types, " ".join(types), **own)
     _rope(own)
     flags.DEFINE_boolean("k_cache_hadamard", False, "rotate before quantising; for low bits.", **own)
     sizes = [str(size) for size in config_lib.HADAMARD_SIZES]

@@ -111,7 +111,12 @@ def test_a_quantised_cache_is_as_close_as_the_peer_is_to_itself(name, mla, tmp_p
     write_speaking(path, vocab=vocab, gating="sigmoid", scale=2.5, experts=16, used=6)
     tokens = np.random.default_rng(0).integers(3, vocab, 512)
     ours = network_logits(checkpoints_tools.load_gguf(path), tokens, RunConfig(mla=mla, cache_type=name))
-    theirs = ik.logits(path, tokens, mla=mla, cache_type=name)
+    try:
+        theirs = ik.logits(path, tokens, mla=mla, cache_type=name)
+    except RuntimeError:
+        pytest.skip(f"the peer itself ends with a cache of {name} and mla {mla}")
+    if np.isnan(theirs).any():
+        pytest.skip(f"the peer itself gives NaN with a cache of {name} and mla {mla}")
     own = Closeness.of(ik.logits(path, tokens, mla=mla), theirs)
     found = Closeness.of(theirs, ours)
     print(f"{name} mla {mla}: {found}; the peer's {name} to its own f16 {own}")
