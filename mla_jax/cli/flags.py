@@ -109,7 +109,7 @@ def _run(values):
     flags.DEFINE_integer(
         "attention_max_batch",
         256,
-        "MiB of attention held at a time, by groups of heads; 0: no limit.",
+        "MiB that attention holds at a time, by groups of heads; 0: any.",
         lower_bound=0,
         upper_bound=_INT32_UPPER,
         **own,
