@@ -175,6 +175,8 @@ class RunConfig:
     group_routing: bool = True  # False: ignore expert groups, as ik_llama.cpp does
 
     def __post_init__(self):
+        if self.mla not in list(MLAMode):
+            raise ValueError(f"mla must be 0, 1, 2 or 3, got {self.mla!r}.")
         object.__setattr__(self, "mla", MLAMode(self.mla))
         for name in ("cache_type", "cache_type_rope"):
             value = getattr(self, name)

@@ -278,7 +278,7 @@ def load(
       path: the file, or the first part of a split one; the packaged model by default.
       mla: 0 to 3, see `MLAMode`.
       flash: attend chunk by chunk, never holding the whole score matrix.
-      cache_type: one of `config.CACHE_TYPES`; "q8_0" halves the cache at next to no loss.
+      cache_type: one of `config.CACHE_TYPES`; "q8_0" takes about half of "f16".
       cache_type_rope: type of the rotary part, None for the same.
       hadamard_size: 64, 128, 256 or 512 latents are rotated together before they are quantised; None for
         none, and without effect on a cache that is not quantised.

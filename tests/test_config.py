@@ -101,7 +101,7 @@ _REFUSED = [
         dict(mla=0, cache_type_rope="f16"),
         "cache_type_rope must not be given with mla 0, whose keys are cached whole, got 'f16'.",
     ),
-    (RUN, dict(mla=4), "4 is not a valid MLAMode"),
+    (RUN, dict(mla=4), "mla must be 0, 1, 2 or 3, got 4."),
 ]
 
 

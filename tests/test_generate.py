@@ -222,7 +222,7 @@ def test_counts_are_integers(model, arguments):
         ({"ctx_size": 2**31}, "ctx_size must be in .*, got 2147483648"),
         ({"ubatch": 0}, "ubatch must be at least 1, got 0"),
         ({"cache_type": "q9"}, "cache_type must be one of f32, f16, bf16, q8_0, .*, got 'q9'"),
-        ({"mla": 4}, "4 is not a valid MLAMode"),
+        ({"mla": 4}, "mla must be 0, 1, 2 or 3, got 4"),
     ],
 )
 def test_bad_settings(new_model, settings, words):

@@ -36,6 +36,8 @@ def chat(values):
     """Reads turns from stdin until it ends; the cache keeps what earlier turns computed."""
     drawing = _drawing(values)
     model = _load(values)
+    if model.tokenizer.vocabulary.chat_template is None:
+        _tell("the file has no chat template, so turns are written in plain words or as its family does")
     messages = []
     if values.system_prompt:
         messages.append({"role": "system", "content": values.system_prompt})

@@ -42,6 +42,8 @@ ALIASES = {
     "mqkv": "merge_qkv",
     "np": "parallel",
     "tb": "threads_batch",
+    "f": "file",
+    "e": "escape",
     "thp": "transparent_huge_pages",
     "nkvo": "no_kv_offload",
     "no_fmoe": "no_fused_moe",
@@ -64,6 +66,9 @@ REFUSED = {
     "fused_moe": f"the expert product has one form, so {_NOT_YET}",
     "merge_qkv": f"weights are read as the file has them, so {_NOT_YET}",
     "parallel": f"one sequence is generated at a time, so {_NOT_YET}",
+    "file": "give the text itself with --prompt.",
+    "escape": "the prompt is taken as it is; a shell writes a newline as $'\\n'.",
+    "samplers": "the order is fixed: penalties, top-k, typical, top-p, min-p, temperature.",
     "mmap": f"weights are read into memory, so {_NOT_YET}",
     "no_mmap": f"weights are read into memory already, so {_NOT_YET}",
     "mlock": f"memory is left to the system, so {_NOT_YET}",
@@ -89,7 +94,7 @@ def _size(values):
     flags.DEFINE_integer(
         "ctx_size",
         None,
-        "tokens of context; 0: as many as the model was made for.",
+        "tokens of context; 0: the model's own limit; else that or 8192.",
         lower_bound=0,
         upper_bound=_INT32_UPPER,
         **own,
@@ -121,7 +126,7 @@ def _run(values):
         "ubatch_size", generate_lib.DEFAULT_UBATCH, "see --batch-size.", lower_bound=1, **own
     )
     flags.DEFINE_integer(
-        "n_gpu_layers", 0, "0: run on the CPU; the model's layers or more, as 999: GPU.", lower_bound=0, **own
+        "n_gpu_layers", 0, "0: run on the CPU; any other number: all on the GPU.", lower_bound=0, **own
     )
     flags.DEFINE_integer("threads", None, "CPU cores to use; without it, all.", lower_bound=1, **own)
     flags.DEFINE_boolean(
