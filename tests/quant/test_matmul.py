@@ -7,7 +7,7 @@ import pytest
 
 from mla_jax.quant import FORMATS, QuantizedTensor, decode, encode, matmul
 
-_SCALE_BYTES = {"q8_0": (0,), "q4_0": (0,), "q4_K": (0, 2), "q6_K": (208,)}
+_SCALE_BYTES = {"q8_0": (0,), "q4_0": (0,), "q5_0": (0,), "q4_K": (0, 2), "q6_K": (208,)}
 _KINDS = ["f32", "f16", "bf16", *FORMATS]
 
 
