@@ -79,8 +79,8 @@ def main(argv):
         raise app.UsageError(f"there must be flags alone, got {argv[1]!r}.")
     model = mla_jax.load()
     windows, rows, began = _windows(model), [], time.perf_counter()
-    expected = []
-    for run in _runs():
+    runs, expected = list(_runs()), []
+    for run in runs:
         sums = np.zeros(3)
         for i, window in enumerate(windows):
             found = _log_probs(model.params, window[:, :-1], model.config, run)
@@ -93,7 +93,7 @@ def main(argv):
             bytes=bytes_per_token(model.config, run), ppl=float(np.exp(nats)), kl=float(kl), top1=float(top1)
         )
         rows.append(row)
-        print(f"{len(rows)} of {len(list(_runs()))}, {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        print(f"{len(rows)} of {len(runs)}, {time.perf_counter() - began:.0f} s", file=sys.stderr)
     _print_table(rows)
     result = dict(model="packaged", tokens=len(windows) * _WINDOW.value, window=_WINDOW.value, rows=rows)
     line = json.dumps(result | dict(jax=jax.__version__))
