@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
+from mla_jax import cache as cache_lib
 from mla_jax import sampler
 from mla_jax.cache import Cache
 from mla_jax.config import ModelConfig, RunConfig
@@ -41,10 +42,15 @@ def split_prompt(num_tokens: int, ubatch: int) -> list[tuple[int, int]]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run"), donate_argnames="cache")
-def prefill(params, tokens: jax.Array, num_tokens: jax.Array, cache: Cache, *, config, run) -> Cache:
-    """Returns the cache with `num_tokens` i32[B] of `tokens` i32[B, T] appended; the rest pads."""
+def prefill(
+    params, tokens: jax.Array, num_tokens: jax.Array, cache: Cache, pages=None, *, config, run
+) -> Cache:
+    """Returns the cache with `num_tokens` i32[B] of `tokens` i32[B, T] appended; the rest pads.
+
+    `pages` i32[B, M] are those of each sequence in a paged cache.
+    """
     model = Transformer(config, run)
-    _, cache = model.apply({"params": params}, tokens, cache, num_tokens, method=Transformer.hidden)
+    _, cache = model.apply({"params": params}, tokens, cache, num_tokens, pages, method=Transformer.hidden)
     return cache
 
 
@@ -55,6 +61,7 @@ def decode(
     recent: jax.Array,
     cache: Cache,
     sampling: sampler.SamplingState,
+    pages: jax.Array | None = None,
     *,
     config: ModelConfig,
     run: RunConfig,
@@ -67,6 +74,7 @@ def decode(
       recent: i32[B, 64] tokens before it that penalties look at, newest last, -1 for none.
       cache: rows of all tokens before.
       sampling: how to draw, a value per sequence.
+      pages: i32[B, M] pages of each sequence in a paged cache, None for a contiguous one.
       config: the model.
       run: how it is run.
 
@@ -74,9 +82,11 @@ def decode(
       next tokens i32[B], `recent` with `tokens` in it, and the cache with `tokens` appended.
     """
     recent = jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
-    logits, cache = Transformer(config, run).apply({"params": params}, tokens[:, None], cache)
+    logits, cache = Transformer(config, run).apply({"params": params}, tokens[:, None], cache, pages=pages)
     return sampler.sample(logits[:, 0], recent, cache.length, sampling), recent, cache
 
+
+copy_pages = jax.jit(cache_lib.copy_pages, donate_argnames="cache")
 
 COMPILATION_CACHE = pathlib.Path(os.path.expanduser("~"), ".cache", "mla_jax", "xla")  # never raises
 

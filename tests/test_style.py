@@ -149,7 +149,7 @@ def test_every_einsum_letter_is_in_the_legend():
     [
         ("mla_jax.nn.mla", "import checkpoints_tools"),
         ("mla_jax.nn.mla", "def f():\n    from mla_jax import steps"),
-        ("mla_jax.quant.matmul", "from mla_jax.cache.contiguous import Cache"),
+        ("mla_jax.quant.matmul", "from mla_jax.cache.rows import Cache"),
         ("mla_jax.steps", "from mla_jax import load"),
         ("mla_jax.steps", "import mla_jax"),
         ("mla_jax.nn.mla", "from . import layers"),

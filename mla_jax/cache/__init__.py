@@ -1,6 +1,18 @@
 """What is remembered of the tokens so far: `LatentRows` in modes 1 to 3, `HeadRows` in mode 0."""
 
-from mla_jax.cache.contiguous import Cache, HeadRows, LatentRows, bytes_per_token, init_cache
 from mla_jax.cache.hadamard import rotate
+from mla_jax.cache.pages import PageTable, PoolExhausted
+from mla_jax.cache.rows import Cache, HeadRows, LatentRows, bytes_per_token, copy_pages, init_cache, init_pool
 
-__all__ = ["Cache", "HeadRows", "LatentRows", "bytes_per_token", "init_cache", "rotate"]
+__all__ = [
+    "Cache",
+    "HeadRows",
+    "LatentRows",
+    "PageTable",
+    "PoolExhausted",
+    "bytes_per_token",
+    "copy_pages",
+    "init_cache",
+    "init_pool",
+    "rotate",
+]

@@ -33,7 +33,7 @@ def attend_heads(q, q_rope, rows: HeadRows, positions, *, sm_scale, chunk, rotat
       rows: cached keys and values.
       positions: i32[B, T], ascending in T. A query sees the slots up to its own position.
       sm_scale: multiplies the scores, YaRN's squared temperature included.
-      chunk: slots visited at a time; divides the capacity.
+      chunk: slots visited at a time; it divides the page size, or the page size divides it.
       rotation: block size of the Hadamard rotation that the cached keys have had, None for none.
 
     Returns:
@@ -55,7 +55,7 @@ def attend_expanded(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_sc
       v_up: [N, V, R] `W_uv`.
       positions: i32[B, T], ascending in T. A query sees the slots up to its own position.
       sm_scale: multiplies the scores, YaRN's squared temperature included.
-      chunk: slots visited at a time; divides the capacity.
+      chunk: slots visited at a time; it divides the page size, or the page size divides it.
       rotation: block size of the Hadamard rotation that the cached latents have had, None for none.
 
     Returns:
@@ -242,9 +242,10 @@ class MLAttention(nn.Module):
         if rows is None:
             return num_tokens  # in one piece: reverse mode cannot go through a loop of run-time length
         without_flash = self.run.mla == MLAMode.MIXED and not self._expands(num_tokens)
-        if not self.run.flash or without_flash or rows.num_slots % FLASH_CHUNK:
+        is_whole_chunks = rows.page_size % FLASH_CHUNK == 0 or FLASH_CHUNK % rows.page_size == 0
+        if not self.run.flash or without_flash or not is_whole_chunks:
             return rows.num_slots
-        return FLASH_CHUNK
+        return min(FLASH_CHUNK, rows.num_slots)
 
     def _expands(self, num_tokens):
         if self.run.mla in (MLAMode.MIXED, MLAMode.FLASH_MIXED):

@@ -58,7 +58,7 @@ class Transformer(nn.Module):
         self.output_norm = RMSNorm(config.norm_epsilon)
         self.output = Linear(config.vocab_size)
 
-    def hidden(self, tokens, cache: Cache | None, num_tokens=None):
+    def hidden(self, tokens, cache: Cache | None, num_tokens=None, pages=None):
         """Returns hidden states f32[B, T, D] after the last layer, and the cache with the tokens in it.
 
         Args:
@@ -66,6 +66,7 @@ class Transformer(nn.Module):
           cache: rows so far, or None for a sequence on its own.
           num_tokens: i32[B] how many of the T tokens count; None is all. The rest is padding: it enters no
             cache, and its hidden states mean nothing.
+          pages: i32[B, M] pages of each sequence in a paged cache; None for a contiguous one.
         """
         B, T = tokens.shape
         length = jnp.zeros((B,), jnp.int32) if cache is None else cache.length
@@ -75,25 +76,25 @@ class Transformer(nn.Module):
         positions = length[:, None] + jnp.minimum(offsets, num_tokens[:, None] - 1)
         x, layers = self.embed(tokens), []
         for i, layer in enumerate(self.layers):
-            rows = None if cache is None else cache.layers[i]
+            rows = None if cache is None else cache.layers[i].at(pages)
             slots = None if rows is None else jnp.where(is_padding, rows.num_slots, positions)
             x, rows = layer(x, rows, positions, slots)
             layers.append(rows)
         if cache is not None:
-            cache = Cache(layers=tuple(layers), length=length + num_tokens)
+            cache = Cache(layers=tuple(rows.at(None) for rows in layers), length=length + num_tokens)
         return x, cache
 
     def unembed(self, x):
         """Returns logits f32[..., W] of hidden states [..., D]."""
         return self.output(self.output_norm(x))
 
-    def __call__(self, tokens, cache: Cache | None = None, num_tokens=None):
+    def __call__(self, tokens, cache: Cache | None = None, num_tokens=None, pages=None):
         """Returns logits f32[B, T, W] and the cache, see `hidden`."""
-        x, cache = self.hidden(tokens, cache, num_tokens)
+        x, cache = self.hidden(tokens, cache, num_tokens, pages)
         return self.unembed(x), cache
 
 
-def apply(params, tokens: jax.Array, cache: Cache | None, config: ModelConfig, run: RunConfig):
+def apply(params, tokens: jax.Array, cache: Cache | None, config: ModelConfig, run: RunConfig, pages=None):
     """Runs the model: the function that everything else calls. Use it under jit and vmap.
 
     Under grad use it with float32 weights and without a cache: the loop over a cache has no reverse mode.
@@ -101,15 +102,16 @@ def apply(params, tokens: jax.Array, cache: Cache | None, config: ModelConfig, r
     Args:
       params: nested dict of arrays and `QuantizedTensor`s, as from `checkpoints_tools.load_gguf`.
       tokens: i32[B, T], ids in [0, vocab_size).
-      cache: from `init_cache` or an earlier call, or None to run a sequence on its own.
+      cache: from `init_cache`, `init_pool` or an earlier call, or None to run a sequence on its own.
       config: the model; static under jit.
       run: mode, cache type and the like; static under jit.
+      pages: i32[B, M] pages of each sequence in the pool, for a cache from `init_pool`.
 
     Returns:
       logits f32[B, T, W], and the cache with the tokens appended (None for None). A token that would lie past
       the capacity is not stored: callers keep `length + T` within it.
     """
-    return Transformer(config, run).apply({"params": params}, tokens, cache)
+    return Transformer(config, run).apply({"params": params}, tokens, cache, pages=pages)
 
 
 def init_params(key: jax.Array, config: ModelConfig):
