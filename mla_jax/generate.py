@@ -1,6 +1,7 @@
 """From a prompt to text on the host: `Model` holds the weights, the cache and the loop over `steps`."""
 
 import dataclasses
+import functools
 import operator
 import pathlib
 import secrets
@@ -12,6 +13,7 @@ import numpy as np
 from absl import logging
 
 import checkpoints_tools
+from mla_jax import cache as cache_lib
 from mla_jax import chat, sampler, steps, tokenizer
 from mla_jax.cache import Cache, init_cache
 from mla_jax.config import ModelConfig, RunConfig
@@ -50,9 +52,13 @@ class Completion:
 
 @dataclasses.dataclass(kw_only=True)
 class Timings:
-    """Tokens and seconds of the newest request; the first token counts to the prompt."""
+    """Tokens and seconds of the newest request; the first token counts to the prompt.
+
+    Of the prompt's tokens `cached_tokens` were in the cache already.
+    """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     prompt_seconds: float = 0.0
     decoded_tokens: int = 0
     decode_seconds: float = 0.0
@@ -150,6 +156,41 @@ class Model:
         add_special = not (bos_token and prompt.startswith(bos_token))
         return self.tokenizer.encode(prompt, add_special=add_special)
 
+    def save_cache(self, path: str | pathlib.Path, num_tokens: int | None = None) -> int:
+        """Writes the cache of the newest request to a file, see `cache.save`, and returns its bytes.
+
+        Args:
+          path: the file, replaced if it exists; whole or not there.
+          num_tokens: how many tokens of it; None for all.
+        """
+        if self._cache is None:
+            raise ValueError("there must be a cache to save: generate something first.")
+        tokens = self._cached_tokens[:num_tokens]
+        return cache_lib.save(path, self._cache, tokens, model=self._fingerprint, run=self.run)
+
+    def load_cache(self, path: str | pathlib.Path) -> list[int]:
+        """Reads what `save_cache` wrote, for the next request with `reuse_prefix` to go on from.
+
+        Returns:
+          The tokens that are in the cache now.
+
+        Raises:
+          ValueError: if the file is not sound, or of another model, other settings or a larger context.
+        """
+        self._num_requests += 1
+        empty = init_cache(self.config, self.run, batch=1, ctx_size=self.ctx_size)
+        cache, tokens = cache_lib.load(path, empty, model=self._fingerprint, run=self.run)
+        if len(tokens) > self.ctx_size:
+            raise ValueError(
+                f"{path} must have at most the {self.ctx_size} tokens of the context, got {len(tokens)}."
+            )
+        self._cache, self._cached_tokens = cache, tokens
+        return list(tokens)
+
+    @functools.cached_property
+    def _fingerprint(self):
+        return cache_lib.fingerprint(self.config, self.params)
+
     def _encode(self, text):
         if not text:
             raise ValueError("the prompt must not be empty.")
@@ -208,6 +249,7 @@ class Model:
             self._cache = init_cache(self.config, self.run, batch=1, ctx_size=self.ctx_size)
             self._cached_tokens = []
         shared = _common_prefix(self._cached_tokens, ids[:-1]) if reuse_prefix else 0
+        self.timings.cached_tokens = shared
         cache = dataclasses.replace(self._take_cache(), length=jnp.full((1,), shared, jnp.int32))
         start = shared
         for count, width in steps.split_prompt(len(ids) - 1 - shared, self._ubatch):

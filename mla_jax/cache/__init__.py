@@ -3,6 +3,7 @@
 from mla_jax.cache.hadamard import rotate
 from mla_jax.cache.pages import PageTable, PoolExhausted
 from mla_jax.cache.rows import Cache, HeadRows, LatentRows, bytes_per_token, copy_pages, init_cache, init_pool
+from mla_jax.cache.saved import fingerprint, load, save
 
 __all__ = [
     "Cache",
@@ -12,7 +13,10 @@ __all__ = [
     "PoolExhausted",
     "bytes_per_token",
     "copy_pages",
+    "fingerprint",
     "init_cache",
     "init_pool",
+    "load",
     "rotate",
+    "save",
 ]

@@ -22,9 +22,13 @@ def generate(values):
     """Streams the continuation of `--prompt` to stdout, and its speed to stderr."""
     if not values.prompt:
         raise UsageError("--prompt must be given and not be empty: it is the text to continue.")
-    drawing = _drawing(values)
+    drawing, prompt_cache = _drawing(values), _prompt_cache(values)
     model = _load(values)
-    pieces = model.stream_generate(values.prompt, **drawing)
+    ids = model.tokenizer.encode(values.prompt)
+    held = model.load_cache(prompt_cache) if prompt_cache and prompt_cache.exists() else []
+    pieces = model.stream_generate(ids, reuse_prefix=True, **drawing)
+    if prompt_cache and (values.prompt_cache_all or not (values.prompt_cache_ro or held[: len(ids)] == ids)):
+        pieces = _keeping(pieces, model, prompt_cache, None if values.prompt_cache_all else len(ids))
     if values.display_prompt:
         _write(values.prompt)
     reason = _print_stream(pieces)
@@ -141,6 +145,35 @@ def _load(values):
     return model
 
 
+def _prompt_cache(values):
+    """Returns the file that keeps the cache between runs, or None."""
+    if values.prompt_cache is None:
+        for name in ("prompt_cache_all", "prompt_cache_ro"):
+            if values[name].value:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} must come with --prompt-cache, which names the file."
+                )
+        return None
+    if values.prompt_cache_all and values.prompt_cache_ro:
+        raise UsageError("--prompt-cache-all writes the file, so it must not come with --prompt-cache-ro.")
+    path = pathlib.Path(values.prompt_cache)
+    if not path.parent.is_dir() or path.is_dir():
+        raise UsageError(
+            f"--prompt-cache must be a file in a folder that exists, got {values.prompt_cache!r}."
+        )
+    return path
+
+
+def _keeping(pieces, model, path, num_tokens):
+    """Passes a stream on and writes the cache: of `num_tokens` after the first piece, or of all at the end."""
+    for done, piece in enumerate(pieces):
+        if num_tokens is not None and done == 0:
+            model.save_cache(path, num_tokens)
+        yield piece
+    if num_tokens is None:
+        model.save_cache(path)
+
+
 def _hadamard_size(values):
     if values.hadamard_size is not None and not values.k_cache_hadamard:
         raise UsageError("--hadamard-size must come with --k-cache-hadamard, which turns the rotation on.")
@@ -213,8 +246,9 @@ def _print_stream(pieces, answer=None):
 def _report(model, reason):
     timings = model.timings
     speed = timings.decoded_tokens / timings.decode_seconds if timings.decoded_tokens else 0.0
+    cached = f" ({timings.cached_tokens} of them cached)" if timings.cached_tokens else ""
     _tell(
-        f"{timings.prompt_tokens} prompt tokens, first token after {timings.prompt_seconds:.2f} s, "
+        f"{timings.prompt_tokens} prompt tokens{cached}, first token after {timings.prompt_seconds:.2f} s, "
         f"then {timings.decoded_tokens} at {speed:.1f} tokens/s; finished: {reason}"
     )
 

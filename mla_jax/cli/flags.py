@@ -186,6 +186,12 @@ def _sampling(values):
     flags.DEFINE_float("frequency_penalty", 0.0, "subtract once per occurrence; 0: off.", **own)
 
 
+def _prompt_cache(own):
+    flags.DEFINE_string("prompt_cache", None, "file that keeps the prompt's cache for the next run.", **own)
+    flags.DEFINE_boolean("prompt_cache_all", False, "keep the cache of what was drawn as well.", **own)
+    flags.DEFINE_boolean("prompt_cache_ro", False, "read the file and leave it as it is.", **own)
+
+
 def _train(values):
     from mla_jax import train as train_lib  # orbax takes half a second to import: not for other commands
 
@@ -222,6 +228,7 @@ def command_flags(command: str) -> flags.FlagValues:
         _size(values)
         _rope(dict(flag_values=values))
     if command == "generate":
+        _prompt_cache(dict(flag_values=values))
         flags.DEFINE_boolean("display_prompt", True, "print the prompt first.", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this.", flag_values=values)
     return values
