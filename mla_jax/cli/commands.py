@@ -165,7 +165,7 @@ def _prompt_cache(values):
 
 
 def _keeping(pieces, model, path, num_tokens):
-    """Passes a stream on and writes the cache: of `num_tokens` after the first piece, or of all at the end."""
+    """Passes a stream on and keeps the cache: of `num_tokens` after the first piece, or all at the end."""
     for done, piece in enumerate(pieces):
         if num_tokens is not None and done == 0:
             model.save_cache(path, num_tokens)
