@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mla_jax import sampler, steps
-from mla_jax.cache import init_cache
+from mla_jax.cache import PageTable, init_cache, init_pool
 from mla_jax.config import MLAConfig, ModelConfig, RunConfig
 from mla_jax.nn.transformer import apply, init_params
 
@@ -111,3 +111,34 @@ def test_rows_are_drawn_each_in_their_own_way(params):
     greedy, mixed = _decode(params, [0.0, 0.0])[0], _decode(params, [0.0, 5.0])[0]
     both = _decode(params, [5.0, 5.0])[0]
     assert int(mixed[0]) == int(greedy[0]) and int(mixed[1]) == int(both[1])
+
+
+def test_4096_tokens_are_decoded_without_compiling_again(params):
+    compilations = []
+    listen = lambda event, seconds, **_: compilations.append(event) if "backend_compile" in event else None
+    table, width = PageTable(200, 64), 68
+    sequences = [table.open(), table.open()]
+    cache = init_pool(CONFIG, RUN, batch=2, num_pages=200)
+    tokens, recent = np.asarray([5, 6], np.int32), np.full((2, sampler.NUM_RECENT), -1, np.int32)
+    sampling = sampler.batch(
+        [sampler.SamplingParams(seed=3), sampler.SamplingParams(temperature=0.0, seed=3)]
+    )
+    seen = []
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for step in range(4096):
+            for sequence in sequences:
+                table.append(sequence, 1)
+            pages = np.asarray([table.row(sequence, width) for sequence in sequences], np.int32)
+            tokens, recent, cache = steps.decode(
+                params, tokens, recent, cache, sampling, pages, config=CONFIG, run=RUN
+            )
+            seen.append(np.asarray(tokens))
+            if step == 1:  # the first call takes arrays of the host, the second those of the device
+                assert compilations
+                compilations.clear()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compilations == []
+    np.testing.assert_array_equal(cache.length, [4096, 4096])
+    assert len({int(row[0]) for row in seen}) > 8

@@ -104,8 +104,8 @@ CONFIG = ModelConfig(
     ),
     moe=None,
 )
-NUM_TOKENS = 300
 PLANS = {"whole": [300], "with history": [130, 1, 140, 29], "cuts": [63, 64, 1, 65, 2, 3, 102]}
+LONG_PLANS = {"whole": [700], "turns": [512, 1, 1, 63, 1, 1, 65, 1, 55]}
 
 
 # Without LLVM's optimisations a compilation takes half the time.
@@ -120,9 +120,9 @@ def _params():
 
 
 def _logits(run, plan):
-    tokens = np.random.default_rng(0).integers(CONFIG.vocab_size, size=(1, NUM_TOKENS), dtype=np.int32)
-    cache = init_cache(CONFIG, run, batch=1, ctx_size=NUM_TOKENS)
-    is_dead = jnp.ones((1, 512), jnp.bool)
+    tokens = np.random.default_rng(0).integers(CONFIG.vocab_size, size=(1, sum(plan)), dtype=np.int32)
+    cache = init_cache(CONFIG, run, batch=1, ctx_size=sum(plan))
+    is_dead = jnp.ones((1, cache.layers[0].num_slots), jnp.bool)
     rng = np.random.default_rng(1)
     layers = jax.tree.map(lambda part: _garbage(part, is_dead, rng), cache.layers)
     cache, start, parts = dataclasses.replace(cache, layers=layers), 0, []
@@ -145,8 +145,17 @@ PATHS += [
 
 @pytest.mark.parametrize(("name", "mode", "flash", "plan"), PATHS)
 def test_modes_and_calls_give_the_same_logits(name, mode, flash, plan):
-    expected = _logits(RunConfig(mla=1, flash=False, cache_type=name), PLANS["whole"])
-    found = _logits(RunConfig(mla=mode, flash=flash, cache_type=name), PLANS[plan])
+    _check_calls(name, mode, flash, PLANS["whole"], PLANS[plan])
+
+
+@pytest.mark.parametrize("mode", [0, 3])
+def test_long_calls_and_several_turns_give_the_same_logits(mode):
+    _check_calls("q8_0", mode, True, LONG_PLANS["whole"], LONG_PLANS["turns"])
+
+
+def _check_calls(name, mode, flash, whole, plan):
+    expected = _logits(RunConfig(mla=1 if mode else 0, flash=False, cache_type=name), whole)
+    found = _logits(RunConfig(mla=mode, flash=flash, cache_type=name), plan)
     error = np.abs(found - expected).max(axis=-1) / np.abs(expected).max()
     # a projection may round otherwise in another call, and tip a code that lay on its edge
     assert np.median(error) < 1e-5 and error.max() < 2e-2
