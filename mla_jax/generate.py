@@ -15,53 +15,15 @@ from absl import logging
 import checkpoints_tools
 from mla_jax import cache as cache_lib
 from mla_jax import chat, sampler, steps, tokenizer
+from mla_jax import expert_reduction as reduction_lib
 from mla_jax.cache import Cache, init_cache
+from mla_jax.completion import Completion, Piece, Timings
 from mla_jax.config import ModelConfig, RunConfig
 
 PACKAGED_MODEL = pathlib.Path(__file__).parent / "models" / "python-stdlib-15m-q8_0.gguf"
 DEFAULT_CTX_SIZE = 8192
 DEFAULT_UBATCH = 512
 _CTX_SIZE_UPPER = 2**31 - 256  # positions are int32, and the cache is rounded up to 256 slots
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
-    """One step of a stream.
-
-    Attributes:
-      token: id just drawn.
-      text: characters that became complete with it; may be empty.
-      finish_reason: None while it goes on; "stop" at an end-of-generation token, "length" at `max_tokens` or
-        where the context is full.
-    """
-
-    token: int
-    text: str
-    finish_reason: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Completion:
-    """A finished text, its tokens (the end-of-generation token left out) and how long it took."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str
-    timings: "Timings"
-
-
-@dataclasses.dataclass(kw_only=True)
-class Timings:
-    """Tokens and seconds of the newest request; the first token counts to the prompt.
-
-    Of the prompt's tokens `cached_tokens` were in the cache already.
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    prompt_seconds: float = 0.0
-    decoded_tokens: int = 0
-    decode_seconds: float = 0.0
 
 
 class Model:
@@ -73,6 +35,7 @@ class Model:
       params: nested dict of weights, to be used with `mla_jax.apply`.
       tokenizer: text to ids and back.
       ctx_size: tokens that the cache holds.
+      expert_reduction: (Kmin, t) of each layer, `expert_reduction.OFF` for none.
       timings: of the newest request.
     """
 
@@ -97,10 +60,12 @@ class Model:
             )
         self.params, self.config, self.run = params, config, run
         self.ctx_size, self.timings = ctx_size, Timings()
+        self.expert_reduction = reduction_lib.per_layer(config, None)
         self.tokenizer = tokenizer.Tokenizer(vocabulary)
         self._ubatch = min(ubatch, ctx_size)
         self._cache: Cache | None = None
         self._cached_tokens: list[int] = []
+        self._settings = self.expert_reduction  # that the cache was computed with
         self._num_requests = 0
 
     def generate(self, prompt: str | Sequence[int], *, max_tokens: int = 128, **sampling) -> Completion:
@@ -118,6 +83,7 @@ class Model:
         *,
         max_tokens: int = 128,
         reuse_prefix: bool = False,
+        expert_reduction: reduction_lib.Setting | None = None,
         **sampling,
     ) -> Iterator[Piece]:
         """Yields the continuation of `prompt` as it is drawn.
@@ -128,6 +94,7 @@ class Model:
           prompt: text, special tokens in it parsed; or token ids, taken as they are.
           max_tokens: tokens to draw at most; negative for as many as the context holds.
           reuse_prefix: keep the cache of the tokens that this prompt shares with the last one, as chats do.
+          expert_reduction: (Kmin, t) of all layers for this request, t = 0 for off; None for the model's.
           **sampling: fields of `SamplingParams`. Without a seed each call draws its own.
 
         Raises:
@@ -140,7 +107,10 @@ class Model:
         max_tokens = operator.index(max_tokens)
         if max_tokens == 0:
             raise ValueError("max_tokens must be positive, or negative for no limit, got 0.")
-        return self._stream(ids, max_tokens, sampler.batch([params]), reuse_prefix)
+        settings = self.expert_reduction
+        if expert_reduction is not None:
+            settings = reduction_lib.per_layer(self.config, expert_reduction)
+        return self._stream(ids, max_tokens, sampler.batch([params]), settings, reuse_prefix)
 
     def encode_chat(self, messages: Sequence[dict]) -> list[int]:
         """Returns the prompt of a conversation, by the chat template of the file or a built-in one.
@@ -166,7 +136,10 @@ class Model:
         if self._cache is None:
             raise ValueError("there must be a cache to save: generate something first.")
         tokens = self._cached_tokens[:num_tokens]
-        return cache_lib.save(path, self._cache, tokens, model=self._fingerprint, run=self.run)
+        reduction = reduction_lib.describe(self._settings)
+        return cache_lib.save(
+            path, self._cache, tokens, model=self._fingerprint, run=self.run, expert_reduction=reduction
+        )
 
     def load_cache(self, path: str | pathlib.Path) -> list[int]:
         """Reads what `save_cache` wrote, for the next request with `reuse_prefix` to go on from.
@@ -179,12 +152,15 @@ class Model:
         """
         self._num_requests += 1
         empty = init_cache(self.config, self.run, batch=1, ctx_size=self.ctx_size)
-        cache, tokens = cache_lib.load(path, empty, model=self._fingerprint, run=self.run)
+        reduction = reduction_lib.describe(self.expert_reduction)
+        cache, tokens = cache_lib.load(
+            path, empty, model=self._fingerprint, run=self.run, expert_reduction=reduction
+        )
         if len(tokens) > self.ctx_size:
             raise ValueError(
                 f"{path} must have at most the {self.ctx_size} tokens of the context, got {len(tokens)}."
             )
-        self._cache, self._cached_tokens = cache, tokens
+        self._cache, self._cached_tokens, self._settings = cache, tokens, self.expert_reduction
         return list(tokens)
 
     @functools.cached_property
@@ -211,12 +187,31 @@ class Model:
                 )
         return ids
 
-    def _stream(self, ids, max_tokens, sampling, reuse_prefix):
+    def routing(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns which experts each token takes in a pass over `tokens`, with the reduction of the model.
+
+        It uses the cache, so the newest stream ends.
+
+        Returns:
+          ids i32[L, T, K] and weights f32[L, T, K] of the L layers that have experts, in order; the id of an
+          expert that is left out is the number of experts, and its weight 0.
+        """
+        if self.config.moe is None:
+            raise ValueError("routing must be asked of a model with experts, got one without.")
+        self._num_requests += 1
+        tokens, parts, settings = self._check(tokens), [], self.expert_reduction
+        for count, routed in self._steps(tokens, 0, settings, steps.route):
+            parts.append([np.asarray(part)[:, 0, :count] for part in routed])
+        self._cached_tokens = list(tokens)
+        ids, weights = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        return ids, weights
+
+    def _stream(self, ids, max_tokens, sampling, settings, reuse_prefix):
         self._num_requests += 1
         request = self._num_requests
         self.timings = Timings(prompt_tokens=len(ids))
         began = time.perf_counter()
-        self._prefill(ids, reuse_prefix)
+        self._prefill(ids, settings, reuse_prefix)
         tail = ids[:-1][-sampler.NUM_RECENT :]
         recent = np.full((1, sampler.NUM_RECENT), -1, np.int32)
         recent[0, sampler.NUM_RECENT - len(tail) :] = tail
@@ -243,31 +238,46 @@ class Model:
             if reason:
                 return
 
-    def _prefill(self, ids, reuse_prefix):
+    def _prefill(self, ids, settings, reuse_prefix):
         """Brings the cache to hold all of `ids` but the last, which `_decode` takes."""
-        if self._cache is None:
-            self._cache = init_cache(self.config, self.run, batch=1, ctx_size=self.ctx_size)
-            self._cached_tokens = []
-        shared = _common_prefix(self._cached_tokens, ids[:-1]) if reuse_prefix else 0
+        shared = 0
+        if self._cache is not None and reuse_prefix and settings == self._settings:
+            shared = _common_prefix(self._cached_tokens, ids[:-1])
         self.timings.cached_tokens = shared
-        cache = dataclasses.replace(self._take_cache(), length=jnp.full((1,), shared, jnp.int32))
-        start = shared
-        for count, width in steps.split_prompt(len(ids) - 1 - shared, self._ubatch):
+        for _ in self._steps(ids[:-1], shared, settings, steps.prefill):
+            pass
+        self._cached_tokens = ids[:-1]
+
+    def _steps(self, ids, start, settings, step):
+        """Yields (tokens, what else `step` returns) for each piece of `ids` from `start` on."""
+        cache = self._cache or init_cache(self.config, self.run, batch=1, ctx_size=self.ctx_size)
+        self._cache, self._settings = None, settings  # the cache is donated: after a failure there is none
+        cache = dataclasses.replace(cache, length=jnp.full((1,), start, jnp.int32))
+        for count, width in steps.split_prompt(len(ids) - start, self._ubatch):
             tokens = np.zeros((1, width), np.int32)
             tokens[0, :count] = ids[start : start + count]
             num_tokens = np.asarray([count], np.int32)
-            cache = steps.prefill(self.params, tokens, num_tokens, cache, config=self.config, run=self.run)
+            inputs = dict(reduction=self._reduction, config=self.config, run=self.run)
+            out = step(self.params, tokens, num_tokens, cache, **inputs)
+            cache, *rest = (out,) if isinstance(out, Cache) else out
             start += count
-        self._cache, self._cached_tokens = cache, ids[:-1]
+            yield count, rest
+        self._cache = cache
+
+    @property
+    def _reduction(self):
+        return None if self.config.moe is None else reduction_lib.arrays(self._settings)
 
     def _decode(self, token, recent, sampling):
-        cache, cached = self._take_cache(), self._cached_tokens
+        cache, cached = self._cache, self._cached_tokens
+        self._cache = None  # donated: after a step that failed the next request starts anew
         tokens, recent, cache = steps.decode(
             self.params,
             np.asarray([token], np.int32),
             recent,
             cache,
             sampling,
+            reduction=self._reduction,
             config=self.config,
             run=self.run,
         )
@@ -275,11 +285,6 @@ class Model:
         cached.append(token)
         self._cache = cache
         return drawn, recent
-
-    def _take_cache(self):
-        """Hands the cache out to be donated; after a step that failed the next request starts anew."""
-        cache, self._cache = self._cache, None
-        return cache
 
 
 def _common_prefix(a, b):
@@ -311,6 +316,7 @@ def load(
     ctx_size: int | None = None,
     ubatch: int = DEFAULT_UBATCH,
     group_routing: bool = True,
+    expert_reduction: reduction_lib.Setting | None = None,
     compilation_cache: str | pathlib.Path | None = steps.COMPILATION_CACHE,
     progress=None,
 ) -> Model:
@@ -329,6 +335,8 @@ def load(
       ctx_size: tokens that the cache holds; 0 is the model's own limit, None that or 8,192, the smaller.
       ubatch: prompt tokens computed at a time.
       group_routing: False ignores expert groups, as ik_llama.cpp does.
+      expert_reduction: (Kmin, t): experts beyond the best Kmin that score below t times the best are
+        left out.
       compilation_cache: folder that keeps compiled code between processes, for all models of this process;
         None leaves it as it is.
       progress: called with (tensors done, tensors, bytes done, bytes) while loading; None prints a line.
@@ -354,4 +362,6 @@ def load(
     limit = checkpoint.config.context_length
     size = min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)
     vocabulary = tokenizer.Vocabulary.from_metadata(checkpoint.metadata)
-    return Model(checkpoint.params, checkpoint.config, vocabulary, run=run, ctx_size=size, ubatch=ubatch)
+    model = Model(checkpoint.params, checkpoint.config, vocabulary, run=run, ctx_size=size, ubatch=ubatch)
+    model.expert_reduction = reduction_lib.per_layer(model.config, expert_reduction)
+    return model

@@ -17,6 +17,7 @@ from mla_jax import cache as cache_lib
 from mla_jax import sampler
 from mla_jax.cache import Cache
 from mla_jax.config import ModelConfig, RunConfig
+from mla_jax.nn.moe import ExpertReduction
 from mla_jax.nn.transformer import Transformer
 
 _SMALLEST_BUCKET = 32
@@ -43,15 +44,55 @@ def split_prompt(num_tokens: int, ubatch: int) -> list[tuple[int, int]]:
 
 @functools.partial(jax.jit, static_argnames=("config", "run"), donate_argnames="cache")
 def prefill(
-    params, tokens: jax.Array, num_tokens: jax.Array, cache: Cache, pages=None, *, config, run
+    params,
+    tokens: jax.Array,
+    num_tokens: jax.Array,
+    cache: Cache,
+    pages: jax.Array | None = None,
+    reduction: ExpertReduction | None = None,
+    *,
+    config: ModelConfig,
+    run: RunConfig,
 ) -> Cache:
     """Returns the cache with `num_tokens` i32[B] of `tokens` i32[B, T] appended; the rest pads.
 
-    `pages` i32[B, M] are those of each sequence in a paged cache.
+    `pages` and `reduction` as in `decode`.
     """
-    model = Transformer(config, run)
-    _, cache = model.apply({"params": params}, tokens, cache, num_tokens, pages, method=Transformer.hidden)
-    return cache
+    inputs = tokens, cache, num_tokens, pages, reduction
+    return Transformer(config, run).apply({"params": params}, *inputs, method=Transformer.hidden)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "run"), donate_argnames="cache")
+def route(
+    params,
+    tokens: jax.Array,
+    num_tokens: jax.Array,
+    cache: Cache,
+    reduction: ExpertReduction | None = None,
+    *,
+    config: ModelConfig,
+    run: RunConfig,
+):
+    """Prefills like `prefill`, and tells which experts were used.
+
+    Returns:
+      the cache, and of the L layers with experts ids i32[L, B, T, K], E for one that was left out, and
+      weights f32[L, B, T, K].
+    """
+    (_, cache), recorded = Transformer(config, run).apply(
+        {"params": params},
+        tokens,
+        cache,
+        num_tokens,
+        None,
+        reduction,
+        method="hidden",
+        mutable="intermediates",
+    )
+    layers = range(config.num_dense_layers, config.num_layers)
+    routers = [recorded["intermediates"][f"layers_{i}"]["ffn"]["router"] for i in layers]
+    stack = lambda name: jnp.stack([router[name][0].reshape(*tokens.shape, -1) for router in routers])
+    return cache, stack("expert_ids"), stack("expert_weights")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run"), donate_argnames=("recent", "cache"))
@@ -62,6 +103,7 @@ def decode(
     cache: Cache,
     sampling: sampler.SamplingState,
     pages: jax.Array | None = None,
+    reduction: ExpertReduction | None = None,
     *,
     config: ModelConfig,
     run: RunConfig,
@@ -75,6 +117,7 @@ def decode(
       cache: rows of all tokens before.
       sampling: how to draw, a value per sequence.
       pages: i32[B, M] pages of each sequence in a paged cache, None for a contiguous one.
+      reduction: which experts to leave out, of each sequence; None for none.
       config: the model.
       run: how it is run.
 
@@ -82,7 +125,8 @@ def decode(
       next tokens i32[B], `recent` with `tokens` in it, and the cache with `tokens` appended.
     """
     recent = jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
-    logits, cache = Transformer(config, run).apply({"params": params}, tokens[:, None], cache, pages=pages)
+    inputs = tokens[:, None], cache, None, pages, reduction
+    logits, cache = Transformer(config, run).apply({"params": params}, *inputs)
     return sampler.sample(logits[:, 0], recent, cache.length, sampling), recent, cache
 
 

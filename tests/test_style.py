@@ -9,12 +9,19 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [  # a module imports from earlier lines, or from its own
     ("pallas_kernels",),
-    ("mla_jax.config", "mla_jax.presets", "mla_jax.pretokenize", "mla_jax.tokenizer", "mla_jax.chat"),
+    (
+        "mla_jax.config",
+        "mla_jax.completion",
+        "mla_jax.presets",
+        "mla_jax.pretokenize",
+        "mla_jax.tokenizer",
+        "mla_jax.chat",
+    ),
     ("mla_jax.quant",),
     ("mla_jax.cache", "mla_jax.sampler"),
     ("mla_jax.nn",),
     ("mla_jax.steps",),
-    ("mla_jax.generate", "mla_jax.corpus", "mla_jax.train", "checkpoints_tools"),
+    ("mla_jax.expert_reduction", "mla_jax.generate", "mla_jax.corpus", "mla_jax.train", "checkpoints_tools"),
     ("mla_jax.cli", "mla_jax.__main__"),
 ]
 PACKAGES = ("mla_jax", "pallas_kernels", "checkpoints_tools")

@@ -47,6 +47,7 @@ def save(
     *,
     model: str,
     run: RunConfig,
+    expert_reduction: str = "off",
     sequence: int = 0,
     pages=None,
 ) -> int:
@@ -58,6 +59,7 @@ def save(
       tokens: ids of the rows to keep, T of them, at most as many as the sequence has.
       model: its `fingerprint`.
       run: how the rows came to be.
+      expert_reduction: the setting that they came to be with, in words.
       sequence: which of the batch.
       pages: i32[M] its pages in a paged cache.
 
@@ -74,14 +76,21 @@ def save(
     places = _places(cache, tokens.size, sequence, pages)
     parts = {name: _bits(np.asarray(part[places])) for name, part in _named_parts(cache)}
     parts["tokens"] = tokens
-    about = {"format": _FORMAT, "model": model} | _settings(run)
+    about = {"format": _FORMAT, "model": model} | _settings(run, expert_reduction)
     data = safetensors.numpy.save(parts, about | {"sha256": _digest(parts, about)})
     _write_whole(pathlib.Path(path), data)
     return len(data)
 
 
 def load(
-    path: str | os.PathLike, cache: Cache, *, model: str, run: RunConfig, sequence: int = 0, pages=None
+    path: str | os.PathLike,
+    cache: Cache,
+    *,
+    model: str,
+    run: RunConfig,
+    expert_reduction: str = "off",
+    sequence: int = 0,
+    pages=None,
 ) -> tuple[Cache, list[int]]:
     """Reads what `save` wrote into a sequence of `cache`, whatever it held.
 
@@ -90,6 +99,7 @@ def load(
       cache: of the same model and settings; contiguous or paged, whatever it was saved from.
       model: its `fingerprint`.
       run: how the rows will be used.
+      expert_reduction: the setting, in the words of `save`.
       sequence: which of the batch.
       pages: i32[M] its pages in a paged cache.
 
@@ -109,7 +119,7 @@ def load(
         about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     except (safetensors.SafetensorError, KeyError) as error:
         raise ValueError(f"{path} must be a whole safetensors file, got one with {error}.") from None
-    _check_about(path, about, {"format": _FORMAT, "model": model} | _settings(run))
+    _check_about(path, about, {"format": _FORMAT, "model": model} | _settings(run, expert_reduction))
     if about.pop("sha256", None) != _digest(parts, about):
         raise ValueError(f"{path} must be as it was written, but its sha256 differs.")
     tokens = parts.pop("tokens", np.zeros(0))
@@ -148,7 +158,7 @@ def _filled(path, cache, parts, places):
     return jax.tree.unflatten(jax.tree.structure(layers), leaves)
 
 
-def _settings(run):
+def _settings(run, expert_reduction):
     """Returns what decides the meaning of a row, by name."""
     return {
         "rows": "keys and values per head" if run.mla == MLAMode.EXPANDED else "latents",
@@ -156,6 +166,7 @@ def _settings(run):
         "cache_type_rope": run.rope_type,
         "rotation": f"{run.latent_rotation}, {run.rope_rotation}",
         "group_routing": str(run.group_routing),
+        "expert_reduction": expert_reduction,
     }
 
 

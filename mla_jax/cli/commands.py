@@ -12,8 +12,10 @@ from absl import logging as absl_logging
 
 import checkpoints_tools
 from mla_jax import corpus, presets, sampler, steps
+from mla_jax import expert_reduction as reduction_lib
 from mla_jax import generate as generate_lib
 from mla_jax.cache import bytes_per_token
+from mla_jax.cli import expert_stats
 from mla_jax.cli.argv import UsageError
 from mla_jax.config import MLAMode, RunConfig
 
@@ -24,6 +26,8 @@ def generate(values):
         raise UsageError("--prompt must be given and not be empty: it is the text to continue.")
     drawing, prompt_cache = _drawing(values), _prompt_cache(values)
     model = _load(values)
+    if values.expert_stats and model.config.moe is None:
+        raise UsageError("--expert-stats must be given for a model with experts, and this one has none.")
     ids = model.tokenizer.encode(values.prompt)
     held = model.load_cache(prompt_cache) if prompt_cache and prompt_cache.exists() else []
     pieces = model.stream_generate(ids, reuse_prefix=True, **drawing)
@@ -31,9 +35,12 @@ def generate(values):
         pieces = _keeping(pieces, model, prompt_cache, None if values.prompt_cache_all else len(ids))
     if values.display_prompt:
         _write(values.prompt)
-    reason = _print_stream(pieces)
+    drawn = _print_stream(pieces)
     _write("\n")
-    _report(model, reason)
+    _report(model, drawn)
+    if values.expert_stats:
+        routed, _ = model.routing(ids + [piece.token for piece in drawn[:-1]])
+        _tell(expert_stats.describe(routed, model.config))
 
 
 def chat(values):
@@ -54,12 +61,11 @@ def chat(values):
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line.rstrip("\n")})
-        answer = []
         pieces = model.stream_generate(model.encode_chat(messages), reuse_prefix=True, **drawing)
-        reason = _print_stream(pieces, answer)
+        drawn = _print_stream(pieces)
         _write("\n")
-        _report(model, reason)
-        messages.append({"role": "assistant", "content": "".join(answer)})
+        _report(model, drawn)
+        messages.append({"role": "assistant", "content": "".join(piece.text for piece in drawn)})
 
 
 def inspect(values):
@@ -115,6 +121,7 @@ def train(values):
 def _load(values):
     _show_log()
     _choose_device(values)
+    setting, layers = _expert_reduction(values)
     started = time.perf_counter()
     cache, told = _compilation_cache()
     model = generate_lib.load(
@@ -130,10 +137,14 @@ def _load(values):
         group_routing=values.grouped_expert_routing,
         compilation_cache=cache,
     )
+    model.expert_reduction = reduction_lib.per_layer(model.config, setting, layers)
     seconds = time.perf_counter() - started
     _tell(f"loaded {values.model} in {seconds:.1f} s; context {model.ctx_size} tokens; {told}")
     per_token = bytes_per_token(model.config, model.run)
     _tell(f"cache: {per_token:,} bytes a token, {per_token * model.ctx_size / 2**20:.1f} MiB in all")
+    if (setting or layers) and reduction_lib.describe(model.expert_reduction) == "off":
+        used = model.config.moe.num_experts_per_token if model.config.moe else 0
+        _tell(f"Smart Expert Reduction has no effect: the model takes {used} experts a token")
     if values["attention_max_batch"].present and model.run.mla == MLAMode.EXPANDED:
         _tell("--attention-max-batch has no effect with -mla 0")
     if values.k_cache_hadamard and not (model.run.latent_rotation or model.run.rope_rotation):
@@ -172,6 +183,13 @@ def _keeping(pieces, model, path, num_tokens):
         yield piece
     if num_tokens is None:
         model.save_cache(path)
+
+
+def _expert_reduction(values):
+    """Returns the (Kmin, t) of all layers, or None, and those of single layers."""
+    text, path = values.smart_expert_reduction, values.ser_layers
+    setting = None if text is None else reduction_lib.parse(text)
+    return setting, {} if path is None else reduction_lib.read_layers(path)
 
 
 def _hadamard_size(values):
@@ -233,23 +251,22 @@ def _drawing(values):
     return dict(dataclasses.asdict(params), max_tokens=values.predict)
 
 
-def _print_stream(pieces, answer=None):
-    reason = None
+def _print_stream(pieces):
+    """Writes a stream as it comes, and returns its pieces."""
+    drawn = []
     for piece in pieces:
         _write(piece.text)
-        if answer is not None:
-            answer.append(piece.text)
-        reason = piece.finish_reason
-    return reason
+        drawn.append(piece)
+    return drawn
 
 
-def _report(model, reason):
+def _report(model, drawn):
     timings = model.timings
     speed = timings.decoded_tokens / timings.decode_seconds if timings.decoded_tokens else 0.0
     cached = f" ({timings.cached_tokens} of them cached)" if timings.cached_tokens else ""
     _tell(
         f"{timings.prompt_tokens} prompt tokens{cached}, first token after {timings.prompt_seconds:.2f} s, "
-        f"then {timings.decoded_tokens} at {speed:.1f} tokens/s; finished: {reason}"
+        f"then {timings.decoded_tokens} at {speed:.1f} tokens/s; finished: {drawn[-1].finish_reason}"
     )
 
 

@@ -53,7 +53,6 @@ ALIASES = {
 
 _NOT_YET = "it has no effect in this version."
 REFUSED = {
-    "smart_expert_reduction": f"Smart Expert Reduction is not built yet, so {_NOT_YET}",
     "v_cache_hadamard": "values are a part of the latent cache and are not rotated apart.",
     "cache_type_v": "values are a part of the latent cache, so its type is that of --cache-type-k.",
     "run_time_repack": f"weights are read in the blocks of the file, so {_NOT_YET}",
@@ -132,6 +131,10 @@ def _run(values):
     flags.DEFINE_boolean(
         "grouped_expert_routing", True, "route within expert groups if the file has them.", **own
     )
+    flags.DEFINE_string(
+        "smart_expert_reduction", None, "Kmin,t: drop experts beyond Kmin below t times the best.", **own
+    )
+    flags.DEFINE_string("ser_layers", None, 'JSON file of such settings by layer: {"3": [4, 0.2]}.', **own)
 
 
 def _rope(own):
@@ -229,6 +232,7 @@ def command_flags(command: str) -> flags.FlagValues:
         _rope(dict(flag_values=values))
     if command == "generate":
         _prompt_cache(dict(flag_values=values))
+        flags.DEFINE_boolean("expert_stats", False, "tell which experts were used.", flag_values=values)
         flags.DEFINE_boolean("display_prompt", True, "print the prompt first.", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this.", flag_values=values)
     return values

@@ -2,10 +2,11 @@
 
 The (token, expert) pairs are sorted by expert and laid out in tiles of M rows, every tile of one expert.
 A tile reads its expert's weights once, decodes them and multiplies; rows that no pair owns are never read
-back, so neither padding nor the weights of an unselected expert can reach the result.
+back, so neither padding nor the weights of an unselected expert can reach the result. Tiles that no pair
+needs are skipped, so a pair that is dropped takes no time.
 """
 
-import math
+import dataclasses
 
 import flax.linen as nn
 import jax
@@ -17,10 +18,53 @@ from mla_jax.nn.layers import SwiGLU, read_weight
 
 _MAX_TILE = 128
 _TINY = 1e-20  # as in DeepSeek-V3's code: sigmoids may all be 0 in float32
-_MAX_DECODED_BYTES = 64 << 20  # expert weights decoded at a time
 
 
-def select_experts(probs, bias, config: MoEConfig, *, group_routing: bool = True):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertReduction:
+    """Smart Expert Reduction: of a token's K experts those that score well below the best are left out.
+
+    Values of a step, not of its compilation: another setting compiles nothing, and a batch may mix them.
+
+    Attributes:
+      minimum: i32[B], or i32[L, B] for a value per layer: experts that are kept whatever they score.
+      threshold: f32 like `minimum`: the others are kept from this share of the best score on, the bias of the
+        router in both. 1 keeps `minimum` and exact ties with the best, 0 keeps all.
+      temperature: None drops; a float32[] above 0 keeps all and multiplies the weights beyond `minimum` by
+        sigmoid((score - threshold * best score) / temperature), which has a gradient in `threshold`.
+
+    Source: `-ser Kmin,t` of ik_llama.cpp, pull request 239.
+    """
+
+    minimum: jax.Array
+    threshold: jax.Array
+    temperature: jax.Array | None = None
+
+    def of_layer(self, layer: int) -> "ExpertReduction":
+        """Returns the setting of one layer, i32[B] and f32[B]."""
+        part = lambda values: values[layer] if values.ndim == 2 else values
+        return dataclasses.replace(self, minimum=part(self.minimum), threshold=part(self.threshold))
+
+    def of_tokens(self, num_tokens: int) -> "ExpertReduction":
+        """Returns the setting of each token, [B * T], of one that is [B]."""
+        part = lambda values: jnp.repeat(values, num_tokens)
+        return dataclasses.replace(self, minimum=part(self.minimum), threshold=part(self.threshold))
+
+
+def _share_kept(score_XK, reduction):
+    """Returns f32[X, K]: 1 for an expert that is kept, 0 for one that is dropped."""
+    bar_X1 = reduction.threshold[:, None] * score_XK[:, :1]
+    is_safe_XK = jnp.arange(score_XK.shape[1], dtype=jnp.int32)[None] < reduction.minimum[:, None]
+    is_safe_XK |= (reduction.threshold <= 0)[:, None]
+    if reduction.temperature is None:
+        return (is_safe_XK | (score_XK >= bar_X1)).astype(jnp.float32)
+    return jnp.where(is_safe_XK, 1.0, jax.nn.sigmoid((score_XK - bar_X1) / reduction.temperature))
+
+
+def select_experts(
+    probs, bias, config: MoEConfig, *, group_routing: bool = True, reduction: ExpertReduction | None = None
+):
     """Selects K experts per token and their weights.
 
     Args:
@@ -29,9 +73,10 @@ def select_experts(probs, bias, config: MoEConfig, *, group_routing: bool = True
       config: sizes and rule; with softmax the groups of V2 ("group_limited_greedy"), with sigmoid those of V3
         ("noaux_tc").
       group_routing: False ignores expert groups.
+      reduction: which of the K to leave out, of the kept groups, a value per token; None for none.
 
     Returns:
-      ids i32[X, K], best first, ties to the lowest id, and weights f32[X, K].
+      ids i32[X, K], best first, ties to the lowest id, E for one that is left out; and weights f32[X, K].
 
     Source: DeepSeek-V2 (arXiv:2405.04434) section 2.2.2, a group scores as its best expert; DeepSeek-V3
     (arXiv:2412.19437) section 2.1.2, a group scores as the sum of its two best biased experts.
@@ -39,8 +84,12 @@ def select_experts(probs, bias, config: MoEConfig, *, group_routing: bool = True
     score_XE = probs if bias is None else probs + bias[None]
     if group_routing and config.num_groups > 1:
         score_XE = _keep_best_groups(score_XE, config)
-    _, ids_XK = jax.lax.top_k(score_XE, config.num_experts_per_token)
+    best_XK, ids_XK = jax.lax.top_k(score_XE, config.num_experts_per_token)
     weight_XK = jnp.take_along_axis(probs, ids_XK, axis=-1)
+    if reduction is not None:
+        share_XK = _share_kept(best_XK, reduction)
+        ids_XK = jnp.where(share_XK > 0, ids_XK, config.num_experts)
+        weight_XK = weight_XK * share_XK
     if config.normalize_weights:
         weight_XK = weight_XK / (weight_XK.sum(axis=-1, keepdims=True) + _TINY)
     return ids_XK, weight_XK * config.weights_scale
@@ -65,26 +114,28 @@ def assign_tiles(ids, num_experts: int, tile: int):
     """Lays pairs out in tiles of one expert each.
 
     Args:
-      ids: i32[X, K] expert of each pair.
+      ids: i32[X, K] expert of each pair; E for none.
       num_experts: E.
       tile: rows M per tile.
 
     Returns:
-      expert i32[Y] of each tile, and slot i32[X, K], the row in [0, Y * M) of each pair. Y is the static
-      bound of tiles that any routing can need; a tile that no pair needs repeats a needed expert.
+      expert i32[Y] of each tile, slot i32[X, K], the row in [0, Y * M) of each pair and Y * M for a pair of
+      no expert, and the number of tiles that are needed, the first ones. Y is the static bound of tiles that
+      any routing can need.
     """
     flat = ids.reshape(-1)
     num_tiles = min(flat.size, flat.size // tile + num_experts)
-    count_E = jnp.zeros((num_experts,), jnp.int32).at[flat].add(1)
+    count_E = jnp.zeros((num_experts,), jnp.int32).at[flat].add(1, mode="drop")
     end_tile_E = jnp.cumsum(-(-count_E // tile))
     first_E = jnp.cumsum(count_E) - count_E
     order = jnp.argsort(flat, stable=True)
     rank = jnp.zeros_like(flat).at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
     start_E = (end_tile_E - (-(-count_E // tile))) * tile
-    slot = start_E[flat] + rank - first_E[flat]
-    tiles = jnp.minimum(jnp.arange(num_tiles, dtype=jnp.int32), end_tile_E[-1] - 1)
+    offset = jnp.take(start_E - first_E, flat, mode="clip")
+    slot = jnp.where(flat < num_experts, offset + rank, num_tiles * tile)
+    tiles = jnp.arange(num_tiles, dtype=jnp.int32)
     expert_Y = jnp.searchsorted(end_tile_E, tiles, side="right").astype(jnp.int32)
-    return expert_Y, slot.reshape(ids.shape)
+    return expert_Y, slot.reshape(ids.shape), end_tile_E[-1]
 
 
 def grouped_ffn(x, ids, weights, experts, *, num_experts: int):
@@ -92,7 +143,7 @@ def grouped_ffn(x, ids, weights, experts, *, num_experts: int):
 
     Args:
       x: [X, D] tokens.
-      ids: i32[X, K] experts of each token.
+      ids: i32[X, K] experts of each token; E for none.
       weights: f32[X, K].
       experts: weights by name, plain or quantised: gate, up [E, F, D], or gate_up [E, 2F, D]; down [E, D, F].
       num_experts: E.
@@ -102,20 +153,21 @@ def grouped_ffn(x, ids, weights, experts, *, num_experts: int):
     """
     x_XD = x
     tile = tile_size(ids.size, num_experts)
-    expert_Y, slot_XK = assign_tiles(ids, num_experts, tile)
+    expert_Y, slot_XK, num_needed = assign_tiles(ids, num_experts, tile)
     token_XK = jnp.broadcast_to(jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None], ids.shape)
     source = jnp.full((expert_Y.size * tile,), ids.shape[0], jnp.int32)
-    source = source.at[slot_XK].set(token_XK, unique_indices=True)
+    source = source.at[slot_XK].set(token_XK, mode="drop")
     tiles_YMD = x_XD.at[source].get(mode="fill", fill_value=0).reshape(expert_Y.size, tile, -1)
 
-    def one_tile(pair):
-        expert, tile_MD = pair
+    def multiply(expert, tile_MD):
         return _expert(tile_MD, {name: weight[expert] for name, weight in experts.items()})
 
-    decoded_bytes = 4 * sum(math.prod(weight.shape[1:]) for weight in experts.values())
-    at_once = max(1, min(expert_Y.size, _MAX_DECODED_BYTES // decoded_bytes))
-    out_YMD = jax.lax.map(one_tile, (expert_Y, tiles_YMD), batch_size=at_once)
-    out_XKD = out_YMD.reshape(-1, x.shape[-1])[slot_XK]
+    def one_tile(index, expert_and_tile):
+        skip = lambda expert, tile_MD: jnp.zeros(tile_MD.shape, jnp.float32)
+        return index + 1, jax.lax.cond(index < num_needed, multiply, skip, *expert_and_tile)
+
+    _, out_YMD = jax.lax.scan(one_tile, jnp.int32(0), (expert_Y, tiles_YMD))
+    out_XKD = out_YMD.reshape(-1, x.shape[-1]).at[slot_XK].get(mode="fill", fill_value=0)
     return jnp.einsum("XKD,XK->XD", out_XKD, weights)
 
 
@@ -128,13 +180,13 @@ def _expert(x, weights):
 
 
 class Router(nn.Module):
-    """Scores every expert for every token and selects; records the ids in the collection `intermediates`."""
+    """Scores every expert for every token and selects; records ids and weights as `intermediates`."""
 
     config: MoEConfig
     group_routing: bool
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, reduction=None):
         moe = self.config
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
         weight = read_weight(self, "weight", init, (moe.num_experts, x.shape[-1]))
@@ -143,8 +195,11 @@ class Router(nn.Module):
             bias = read_weight(self, "bias", nn.initializers.zeros, (moe.num_experts,)).astype(jnp.float32)
         logits_XE = quant.matmul(x, weight)
         gate = jax.nn.softmax if moe.gating == "softmax" else jax.nn.sigmoid
-        ids_XK, weight_XK = select_experts(gate(logits_XE), bias, moe, group_routing=self.group_routing)
+        ids_XK, weight_XK = select_experts(
+            gate(logits_XE), bias, moe, group_routing=self.group_routing, reduction=reduction
+        )
         self.sow("intermediates", "expert_ids", ids_XK)
+        self.sow("intermediates", "expert_weights", weight_XK)
         return ids_XK, weight_XK
 
 
@@ -188,11 +243,12 @@ class MoE(nn.Module):
     run: RunConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, reduction=None):
         moe = self.config.moe
         out_scale = 0.5 / self.config.num_layers
         x_XD = x.reshape(-1, x.shape[-1])
-        ids_XK, weight_XK = Router(moe, self.run.group_routing, name="router")(x_XD)
+        reduction = None if reduction is None else reduction.of_tokens(x.shape[1])
+        ids_XK, weight_XK = Router(moe, self.run.group_routing, name="router")(x_XD, reduction)
         out_XD = Experts(moe, out_scale, name="experts")(x_XD, ids_XK, weight_XK)
         if moe.num_shared_experts:
             width = moe.expert_hidden_dim * moe.num_shared_experts

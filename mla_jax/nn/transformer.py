@@ -9,7 +9,7 @@ from mla_jax.cache import Cache
 from mla_jax.config import ModelConfig, RunConfig
 from mla_jax.nn.layers import Linear, RMSNorm, SwiGLU, read_weight
 from mla_jax.nn.mla import MLAttention
-from mla_jax.nn.moe import MoE
+from mla_jax.nn.moe import ExpertReduction, MoE
 
 
 class Layer(nn.Module):
@@ -20,17 +20,18 @@ class Layer(nn.Module):
     is_dense: bool
 
     @nn.compact
-    def __call__(self, x, rows, positions, slots):
+    def __call__(self, x, rows, positions, slots, reduction):
         config = self.config
         attention, rows = MLAttention(config, self.run, name="attn")(
             RMSNorm(config.norm_epsilon, name="attn_norm")(x), rows, positions, slots
         )
         x = x + attention
+        normed = RMSNorm(config.norm_epsilon, name="ffn_norm")(x)
         if self.is_dense:
-            ffn = SwiGLU(config.dense_hidden_dim, 0.5 / config.num_layers, name="ffn")
+            ffn = SwiGLU(config.dense_hidden_dim, 0.5 / config.num_layers, name="ffn")(normed)
         else:
-            ffn = MoE(config, self.run, name="ffn")
-        return x + ffn(RMSNorm(config.norm_epsilon, name="ffn_norm")(x)), rows
+            ffn = MoE(config, self.run, name="ffn")(normed, reduction)
+        return x + ffn, rows
 
 
 class Embedding(nn.Module):
@@ -58,7 +59,14 @@ class Transformer(nn.Module):
         self.output_norm = RMSNorm(config.norm_epsilon)
         self.output = Linear(config.vocab_size)
 
-    def hidden(self, tokens, cache: Cache | None, num_tokens=None, pages=None):
+    def hidden(
+        self,
+        tokens,
+        cache: Cache | None,
+        num_tokens=None,
+        pages=None,
+        reduction: ExpertReduction | None = None,
+    ):
         """Returns hidden states f32[B, T, D] after the last layer, and the cache with the tokens in it.
 
         Args:
@@ -67,6 +75,7 @@ class Transformer(nn.Module):
           num_tokens: i32[B] how many of the T tokens count; None is all. The rest is padding: it enters no
             cache, and its hidden states mean nothing.
           pages: i32[B, M] pages of each sequence in a paged cache; None for a contiguous one.
+          reduction: which experts to leave out, of each sequence; None for none.
         """
         B, T = tokens.shape
         length = jnp.zeros((B,), jnp.int32) if cache is None else cache.length
@@ -78,7 +87,8 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             rows = None if cache is None else cache.layers[i].at(pages)
             slots = None if rows is None else jnp.where(is_padding, rows.num_slots, positions)
-            x, rows = layer(x, rows, positions, slots)
+            of_layer = None if reduction is None else reduction.of_layer(i)
+            x, rows = layer(x, rows, positions, slots, of_layer)
             layers.append(rows)
         if cache is not None:
             cache = Cache(layers=tuple(rows.at(None) for rows in layers), length=length + num_tokens)
@@ -88,13 +98,21 @@ class Transformer(nn.Module):
         """Returns logits f32[..., W] of hidden states [..., D]."""
         return self.output(self.output_norm(x))
 
-    def __call__(self, tokens, cache: Cache | None = None, num_tokens=None, pages=None):
+    def __call__(self, tokens, cache: Cache | None = None, num_tokens=None, pages=None, reduction=None):
         """Returns logits f32[B, T, W] and the cache, see `hidden`."""
-        x, cache = self.hidden(tokens, cache, num_tokens, pages)
+        x, cache = self.hidden(tokens, cache, num_tokens, pages, reduction)
         return self.unembed(x), cache
 
 
-def apply(params, tokens: jax.Array, cache: Cache | None, config: ModelConfig, run: RunConfig, pages=None):
+def apply(
+    params,
+    tokens: jax.Array,
+    cache: Cache | None,
+    config: ModelConfig,
+    run: RunConfig,
+    pages: jax.Array | None = None,
+    reduction: ExpertReduction | None = None,
+):
     """Runs the model: the function that everything else calls. Use it under jit and vmap.
 
     Under grad use it with float32 weights and without a cache: the loop over a cache has no reverse mode.
@@ -106,12 +124,13 @@ def apply(params, tokens: jax.Array, cache: Cache | None, config: ModelConfig, r
       config: the model; static under jit.
       run: mode, cache type and the like; static under jit.
       pages: i32[B, M] pages of each sequence in the pool, for a cache from `init_pool`.
+      reduction: which experts to leave out, of each sequence; None for none.
 
     Returns:
       logits f32[B, T, W], and the cache with the tokens appended (None for None). A token that would lie past
       the capacity is not stored: callers keep `length + T` within it.
     """
-    return Transformer(config, run).apply({"params": params}, tokens, cache, pages=pages)
+    return Transformer(config, run).apply({"params": params}, tokens, cache, None, pages, reduction)
 
 
 def init_params(key: jax.Array, config: ModelConfig):

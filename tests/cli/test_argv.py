@@ -157,8 +157,7 @@ def test_what_cannot_be_read(args, sentence):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["-ser", "6,1"], "-ser cannot be used: Smart Expert Reduction is not built yet"),
-        (["--smart-expert-reduction", "6,1"], "--smart-expert-reduction cannot be used: Smart Expert"),
+        (["--run-time-repack"], "--run-time-repack cannot be used: weights are read"),
         (["-vhad"], "-vhad cannot be used: values are a part of the latent cache"),
         (["-ctv", "q8_0"], "-ctv cannot be used: values are a part of the latent cache"),
         (["-ctv=f16"], "-ctv cannot be used: values are a part of the latent cache"),

@@ -275,7 +275,8 @@ def test_help_tells_spellings_values_and_defaults(run):
         (["generate", "-p", "x", "--promt", "x"], "there is no flag --promt. Did you mean --prompt?"),
         (["chat", "-ctk", "q9"], "-ctk must be one of f32, f16, bf16, q8_0"),
         (["chat", "--hadamard-size", "64"], "--hadamard-size must come with --k-cache-hadamard"),
-        (["generate", "-ser", "6,1"], "-ser cannot be used: Smart Expert Reduction is not built yet"),
+        (["generate", "-ser", "6", "-p", "x"], "-ser must be Kmin,t with whole Kmin from 1"),
+        (["generate", "-ot", "exps=CPU"], "-ot cannot be used: every tensor lies on one device"),
         (["train"], "--out must be given: the GGUF file to write."),
         (
             ["train", "--out", "absent/m.gguf"],
