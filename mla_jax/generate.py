@@ -335,8 +335,7 @@ def load(
       ctx_size: tokens that the cache holds; 0 is the model's own limit, None that or 8,192, the smaller.
       ubatch: prompt tokens computed at a time.
       group_routing: False ignores expert groups, as ik_llama.cpp does.
-      expert_reduction: (Kmin, t): experts beyond the best Kmin that score below t times the best are
-        left out.
+      expert_reduction: (Kmin, t) of Smart Expert Reduction, see `nn.moe.ExpertReduction`; None for off.
       compilation_cache: folder that keeps compiled code between processes, for all models of this process;
         None leaves it as it is.
       progress: called with (tensors done, tensors, bytes done, bytes) while loading; None prints a line.
