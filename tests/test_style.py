@@ -21,7 +21,14 @@ LAYERS = [  # a module imports from earlier lines, or from its own
     ("mla_jax.cache", "mla_jax.sampler"),
     ("mla_jax.nn",),
     ("mla_jax.steps",),
-    ("mla_jax.expert_reduction", "mla_jax.generate", "mla_jax.corpus", "mla_jax.train", "checkpoints_tools"),
+    (
+        "mla_jax.expert_reduction",
+        "mla_jax.ser_sweep",
+        "mla_jax.generate",
+        "mla_jax.corpus",
+        "mla_jax.train",
+        "checkpoints_tools",
+    ),
     ("mla_jax.cli", "mla_jax.__main__"),
 ]
 PACKAGES = ("mla_jax", "pallas_kernels", "checkpoints_tools")

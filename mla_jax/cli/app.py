@@ -17,11 +17,12 @@ _COMMANDS: dict[str, tuple[Callable, str]] = {
     "chat": (commands.chat, "talk to a model, turn by turn"),
     "inspect": (commands.inspect, "print what a GGUF file holds"),
     "plan": (commands.plan, "print the memory of a model and its cache in every type"),
+    "ser-sweep": (commands.ser_sweep, "measure what dropping experts costs and saves"),
     "train": (commands.train, "train the packaged model on Python's own sources"),
 }
 
 
-_TAKE_A_FILE = ("inspect", "plan")  # may be given the model without --model
+_TAKE_A_FILE = ("inspect", "plan", "ser-sweep")  # may be given the model without --model
 _LONGEST_CHOICES = 24  # characters; a longer list is told in the text of its flag
 _VALUE_NAMES = {"int": "N", "float": "X", "string": "TEXT"}
 

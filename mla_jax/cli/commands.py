@@ -1,6 +1,8 @@
 """What each command does with its flags."""
 
 import dataclasses
+import importlib.util
+import itertools
 import logging
 import os
 import pathlib
@@ -14,6 +16,7 @@ import checkpoints_tools
 from mla_jax import corpus, presets, sampler, steps
 from mla_jax import expert_reduction as reduction_lib
 from mla_jax import generate as generate_lib
+from mla_jax import ser_sweep as sweep_lib
 from mla_jax.cache import bytes_per_token
 from mla_jax.cli import expert_stats
 from mla_jax.cli.argv import UsageError
@@ -77,6 +80,35 @@ def plan(values):
     """Prints what a model and its cache take in memory, without loading it."""
     run = RunConfig(mla=int(values.mla), cache_type_rope=values.cache_type_rope)
     _write(checkpoints_tools.plan(values.model, ctx_size=values.ctx_size, run=run) + "\n")
+
+
+def ser_sweep(values):
+    """Prints perplexity, kept experts and speed for a grid of expert reductions."""
+    if values.smart_expert_reduction or values.ser_layers:
+        raise UsageError("-ser must not be given: ser-sweep tries settings of its own.")
+    if values.out is not None and not pathlib.Path(values.out).is_dir():
+        raise UsageError(f"--out must be a folder that exists, got {values.out!r}.")
+    if values.out is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--out needs matplotlib for its plot; install it, or the extra `notebooks`.")
+    documents = [_read(values.text)] if values.text else corpus.standard_library().held_out
+    model = _load(values)
+    tokens = list(itertools.chain.from_iterable(map(model.tokenizer.encode, documents)))[: values.tokens + 1]
+    used = model.config.moe.num_experts_per_token if model.config.moe else 1
+    rows = sweep_lib.sweep(
+        model, tokens, sweep_lib.grid(used), window=values.window, decoded=values.predict, report=_tell
+    )
+    _write(sweep_lib.table(rows) + "\n")
+    if values.out is not None:
+        about = dict(model=pathlib.Path(values.model).name, tokens=len(tokens) - 1, window=values.window)
+        about |= dict(cores=values.threads or os.cpu_count(), jax=jax.__version__)
+        sweep_lib.write(rows, pathlib.Path(values.out), about)
+
+
+def _read(path):
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} must be text in UTF-8, but byte {error.start} is none.") from None
 
 
 def train(values):

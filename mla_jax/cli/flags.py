@@ -195,6 +195,14 @@ def _prompt_cache(own):
     flags.DEFINE_boolean("prompt_cache_ro", False, "read the file and leave it as it is.", **own)
 
 
+def _sweep(own):
+    flags.DEFINE_string("text", None, "file to read; without it, held-out sources of Python.", **own)
+    flags.DEFINE_integer("tokens", 16384, "tokens of the text to predict.", lower_bound=2, **own)
+    flags.DEFINE_integer("window", 512, "tokens of context.", lower_bound=1, **own)
+    flags.DEFINE_integer("predict", 32, "tokens to draw per round, for the speed.", lower_bound=2, **own)
+    flags.DEFINE_string("out", None, "folder to write ser-sweep.json and ser-sweep.png to.", **own)
+
+
 def _train(values):
     from mla_jax import train as train_lib  # orbax takes half a second to import: not for other commands
 
@@ -224,8 +232,11 @@ def command_flags(command: str) -> flags.FlagValues:
         flags.DEFINE_string("prompt", None, "text to continue.", flag_values=values)
     if command == "chat":
         flags.DEFINE_string("system_prompt", None, "first message of the chat.", flag_values=values)
+    if command == "ser-sweep":
+        _sweep(dict(flag_values=values))
     if command in ("generate", "chat"):
         _sampling(values)
+    if command in ("generate", "chat", "ser-sweep"):
         _run(values)
     if command == "plan":
         _size(values)

@@ -19,7 +19,7 @@ from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from mla_jax import generate, steps
 from mla_jax.cli import commands, main
 
-COMMANDS = ("generate", "chat", "inspect", "plan", "train")
+COMMANDS = ("generate", "chat", "inspect", "plan", "ser-sweep", "train")
 SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
