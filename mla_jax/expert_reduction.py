@@ -1,5 +1,6 @@
 """Smart Expert Reduction as its users write it: (Kmin, t), for all layers or layer by layer."""
 
+import functools
 import json
 import math
 import os
@@ -73,7 +74,8 @@ def per_layer(
     return tuple(_effective(config, i, _checked(pair)) if pair else OFF for i, pair in enumerate(chosen))
 
 
-def arrays(settings: Sequence[Setting]) -> ExpertReduction:
+@functools.lru_cache(maxsize=64)  # it is asked for at every token
+def arrays(settings: tuple[Setting, ...]) -> ExpertReduction:
     """Returns settings by layer for a batch of one, [L, 1] whatever they are: one compilation serves all."""
     minimum, threshold = zip(*settings, strict=True)
     return ExpertReduction(

@@ -139,8 +139,11 @@ def _named_parts(cache):
 
 def _places(cache, count, sequence, pages):
     """Returns the index arrays (page, place) of a sequence's first `count` slots."""
-    pages = np.asarray([sequence] if pages is None else pages, np.int32)
-    slots, page_size = np.arange(count, dtype=np.int32), cache.layers[0].page_size
+    num_pages, page_size = jax.tree.leaves(cache.layers)[0].shape[:2]
+    pages = np.asarray([sequence] if pages is None else pages, np.int32)[: -(-count // page_size)]
+    if pages.size * page_size < count or np.any((pages < 0) | (pages >= num_pages)):
+        raise ValueError(f"pages must have room for {count} tokens, got {pages.tolist()} of {num_pages}.")
+    slots = np.arange(count, dtype=np.int32)
     return pages[slots // page_size], slots % page_size
 
 

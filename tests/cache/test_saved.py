@@ -106,6 +106,19 @@ def test_a_sequence_moves_between_contiguous_and_paged(tmp_path):
         assert _bytes(after, rest) == _bytes(untouched, rest)
 
 
+@pytest.mark.parametrize("pages", [[5], [5, 8], [5, -1]])
+def test_pages_must_have_room(pages, tmp_path):
+    run = RunConfig(cache_type="q8_0")
+    pool = init_pool(CONFIG, run, batch=1, num_pages=8)
+    pool = dataclasses.replace(pool, length=jnp.full((1,), 100, jnp.int32))
+    words = r"pages must have room for 70 tokens, got \[.*\] of 8"
+    with pytest.raises(ValueError, match=words):
+        _save(tmp_path / "a", run, pool, pages=np.asarray(pages, np.int32))
+    _save(tmp_path / "a", run, pool, pages=np.asarray([5, 2], np.int32))
+    with pytest.raises(ValueError, match=words if len(pages) > 1 else "must have at most 64 tokens, got 70"):
+        cache_lib.load(tmp_path / "a", pool, model="m", run=run, pages=np.asarray(pages, np.int32))
+
+
 def test_fewer_tokens_than_rows_are_kept_but_not_more(tmp_path):
     _save(tmp_path / "a", tokens=TOKENS[:5])
     assert _load(tmp_path / "a")[1] == TOKENS[:5]
