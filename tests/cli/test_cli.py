@@ -261,11 +261,11 @@ def test_help_tells_spellings_values_and_defaults(run):
     [
         (
             ["generat"],
-            "the command must be one of generate, chat, inspect, plan, train, got 'generat'. Did you mean",
+            "the command must be one of generate, chat, inspect, plan, ser-sweep, train, got 'generat'. Did you mean",
         ),
         (
             ["--prompt", "x"],
-            "the command must be one of generate, chat, inspect, plan, train, got '--prompt'.",
+            "the command must be one of generate, chat, inspect, plan, ser-sweep, train, got '--prompt'.",
         ),
         (["generate"], "--prompt must be given and not be empty: it is the text to continue."),
         (["generate", "-p", ""], "--prompt must be given and not be empty: it is the text to continue."),
