@@ -261,7 +261,7 @@ def test_help_tells_spellings_values_and_defaults(run):
     [
         (
             ["generat"],
-            "the command must be one of generate, chat, inspect, plan, ser-sweep, train, got 'generat'. Did you",
+            "the command must be one of generate, chat, inspect, plan, ser-sweep, train, got 'generat'.",
         ),
         (
             ["--prompt", "x"],
