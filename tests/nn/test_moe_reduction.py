@@ -40,15 +40,21 @@ def select_by_definition(probs, score, minimum, threshold, config):
     return kept, [config.weights_scale * probs[e] / total for e in kept]
 
 
-@pytest.mark.parametrize("num_used", range(1, 7))
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "num_used"),
+    [
+        (name, used)
+        for name, most in [("softmax", E), ("sigmoid", E), ("groups", 6)]
+        for used in range(1, most + 1)
+    ],
+)
 def test_selection_is_the_definition(name, num_used):
-    """Of 6,000 tokens each: with ties in most rows and, for sigmoids, biased scores below zero."""
+    """Of 4,000 tokens each: with ties in most rows and, for sigmoids, biased scores below zero."""
     config = dataclasses.replace(CONFIGS[name], num_experts_per_token=num_used)
-    rng, X = np.random.default_rng(num_used), 6000
+    rng, X = np.random.default_rng(num_used), 4000
     probs = rng.integers(1, 9, (X, E)).astype(np.float32) / 8
     bias = rng.integers(-10, 5, E).astype(np.float32) / 8 if config.has_selection_bias else None
-    minimum = rng.integers(1, 8, X)
+    minimum = rng.integers(1, E + 2, X)
     threshold = np.float32(rng.choice([0, 0.2, 0.4, 1, 2], X))
     select = jax.jit(functools.partial(moe.select_experts, config=config))
     ids, weights = map(np.asarray, select(probs, bias, reduction=_reduction(minimum, threshold)))
