@@ -4,8 +4,8 @@ A pool [Z, G, ...] has Z pages of G slots. Slot s of sequence b lies in page pag
 `pages` i32[B, M] is an argument of each step, and the host keeps it (`pages.PageTable`). Without it the cache
 is contiguous: a page as long as the context for each sequence, in order.
 
-A place that no token has may hold anything, NaN included: readers mask it. Page Z is none: what goes there is
-dropped. Page -1 would be the last, as in any array.
+A place that no token has may hold anything, NaN included: readers mask it. A number that is no page, such as
+Z or -1, is none: what goes there is dropped, and zeros are read from it.
 """
 
 import dataclasses
@@ -55,7 +55,9 @@ class _Rows:
         return jax.tree.map(set_part, pool, codec.encode(new, codec.type_of(pool)))
 
     def _table(self, batch):
-        return jnp.arange(batch, dtype=jnp.int32)[:, None] if self.pages is None else self.pages
+        if self.pages is None:
+            return jnp.arange(batch, dtype=jnp.int32)[:, None]
+        return jnp.where(self.pages < 0, self._parts[0].shape[0], self.pages)
 
 
 @jax.tree_util.register_dataclass
@@ -178,7 +180,9 @@ def _check_rotation(config, run):
 
 def _read(pool, pages, start, size, length, dtype):
     chunk = jax.tree.map(lambda part: _take_slots(part, pages, start, size), pool)
-    live = start + jnp.arange(size, dtype=jnp.int32)[None] < length[:, None]
+    slots, (num_pages, page_size, *_) = start + jnp.arange(size, dtype=jnp.int32), pool.shape
+    page = jnp.take(pages, slots // page_size, axis=1, mode="fill", fill_value=num_pages)
+    live = (slots[None] < length[:, None]) & (page < num_pages)
     live = live.reshape(live.shape + (1,) * (pool.ndim - 2))
     return jnp.where(live, codec.decode(chunk, dtype), jnp.zeros((), dtype))
 

@@ -76,6 +76,20 @@ def test_read_gives_zeros_past_each_length(kind, cache_type, start):
         np.testing.assert_array_equal(chunk, expected)
 
 
+@pytest.mark.parametrize("none", [4, 9, -1])
+def test_what_is_no_page_is_neither_read_nor_written(none):
+    """The second sequence has no page for its slots 2 to 5, and the table ends at slot 6."""
+    pool = jnp.arange(4 * 2 * 3, dtype=jnp.float32).reshape(4, 2, 3) + 1
+    rows = LatentRows(latent=pool, rope=pool).at(jnp.asarray([[3, 0, 2], [1, none, none]], jnp.int32))
+    read = rows.read(jnp.int32(0), 8, jnp.asarray([8, 8], jnp.int32), jnp.float32)[0]
+    expected = np.zeros((2, 8, 3), np.float32)
+    expected[0, :6], expected[1, :2] = np.asarray(pool)[[3, 0, 2]].reshape(6, 3), pool[1]
+    np.testing.assert_array_equal(read, expected)
+    new = jnp.full((2, 2, 3), -1.0)
+    after = rows.append(new, new, jnp.asarray([[0, 6], [2, 5]], jnp.int32)).latent
+    np.testing.assert_array_equal(after, np.asarray(pool.at[3, 0].set(-1.0)))
+
+
 _CONFIG = dataclasses.replace(PRESETS["deepseek-v2-lite"], num_layers=2)
 
 
