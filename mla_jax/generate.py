@@ -163,6 +163,25 @@ class Model:
         self._cache, self._cached_tokens, self._settings = cache, tokens, self.expert_reduction
         return list(tokens)
 
+    def routing(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns which experts each token takes in a pass over `tokens`, with the reduction of the model.
+
+        It uses the cache, so the newest stream ends.
+
+        Returns:
+          ids i32[L, T, K] and weights f32[L, T, K] of the L layers that have experts, in order; the id of an
+          expert that is left out is the number of experts, and its weight 0.
+        """
+        if self.config.moe is None:
+            raise ValueError("routing must be asked of a model with experts, got one without.")
+        self._num_requests += 1
+        tokens, parts, settings = self._check(tokens), [], self.expert_reduction
+        for count, routed in self._steps(tokens, 0, settings, steps.route):
+            parts.append([np.asarray(part)[:, 0, :count] for part in routed])
+        self._cached_tokens = list(tokens)
+        ids, weights = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        return ids, weights
+
     @functools.cached_property
     def _fingerprint(self):
         return cache_lib.fingerprint(self.config, self.params)
@@ -186,25 +205,6 @@ class Model:
                     f"token ids must be in [0, {self.config.vocab_size}), got {token} at position {position}."
                 )
         return ids
-
-    def routing(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns which experts each token takes in a pass over `tokens`, with the reduction of the model.
-
-        It uses the cache, so the newest stream ends.
-
-        Returns:
-          ids i32[L, T, K] and weights f32[L, T, K] of the L layers that have experts, in order; the id of an
-          expert that is left out is the number of experts, and its weight 0.
-        """
-        if self.config.moe is None:
-            raise ValueError("routing must be asked of a model with experts, got one without.")
-        self._num_requests += 1
-        tokens, parts, settings = self._check(tokens), [], self.expert_reduction
-        for count, routed in self._steps(tokens, 0, settings, steps.route):
-            parts.append([np.asarray(part)[:, 0, :count] for part in routed])
-        self._cached_tokens = list(tokens)
-        ids, weights = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
-        return ids, weights
 
     def _stream(self, ids, max_tokens, sampling, settings, reuse_prefix):
         self._num_requests += 1
