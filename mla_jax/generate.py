@@ -135,6 +135,9 @@ class Model:
         """
         if self._cache is None:
             raise ValueError("there must be a cache to save: generate something first.")
+        num_cached = len(self._cached_tokens)
+        if num_tokens is not None and not 0 <= num_tokens <= num_cached:
+            raise ValueError(f"num_tokens must be in [0, {num_cached}], got {num_tokens}.")
         tokens = self._cached_tokens[:num_tokens]
         reduction = reduction_lib.describe(self._settings)
         return cache_lib.save(
@@ -150,7 +153,6 @@ class Model:
         Raises:
           ValueError: if the file is not sound, or of another model, other settings or a larger context.
         """
-        self._num_requests += 1
         empty = init_cache(self.config, self.run, batch=1, ctx_size=self.ctx_size)
         reduction = reduction_lib.describe(self.expert_reduction)
         cache, tokens = cache_lib.load(
@@ -160,6 +162,7 @@ class Model:
             raise ValueError(
                 f"{path} must have at most the {self.ctx_size} tokens of the context, got {len(tokens)}."
             )
+        self._num_requests += 1  # a stream that is open ends
         self._cache, self._cached_tokens, self._settings = cache, tokens, self.expert_reduction
         return list(tokens)
 
@@ -224,10 +227,12 @@ class Model:
                     "a stream must be read before the next request of its model, which has begun."
                 )
             newest, recent = self._decode(newest, recent, sampling)
-            now, drawn = time.perf_counter(), drawn + 1
+            seconds, drawn = time.perf_counter() - began, drawn + 1
             if drawn == 1:
-                self.timings.prompt_seconds, began = now - began, now
-            self.timings.decoded_tokens, self.timings.decode_seconds = drawn - 1, now - began
+                self.timings.prompt_seconds = seconds
+            else:
+                self.timings.decode_seconds += seconds
+            self.timings.decoded_tokens = drawn - 1
             reason = None
             if newest in self.tokenizer.eog_ids:
                 reason = "stop"
@@ -235,6 +240,7 @@ class Model:
                 reason = "length"
             text = "" if reason == "stop" else decoder.feed(newest)
             yield Piece(token=newest, text=text + (decoder.flush() if reason else ""), finish_reason=reason)
+            began = time.perf_counter()  # what the reader of the stream does meanwhile does not count
             if reason:
                 return
 

@@ -67,7 +67,12 @@ def test_loading_ends_a_stream(load, tmp_path):
     stream = model.stream_generate(PROMPT, max_tokens=5)
     next(stream)
     model.save_cache(tmp_path / "a", num_tokens=10)
-    next(stream)
+    for count in (-1, 41):
+        with pytest.raises(ValueError, match=rf"num_tokens must be in \[0, 40\], got {count}"):
+            model.save_cache(tmp_path / "b", num_tokens=count)
+    with pytest.raises(FileNotFoundError):
+        model.load_cache(tmp_path / "b")
+    next(stream)  # goes on after what failed
     assert model.load_cache(tmp_path / "a") == PROMPT[:10]
     with pytest.raises(ValueError, match="a stream must be read before the next request"):
         next(stream)

@@ -81,7 +81,7 @@ class PageTable:
         is_copied = count > 0 and last is not None and self._owners[last] > 1
         if num_more + is_copied > len(self._free):
             raise PoolExhausted(
-                f"{num_more + is_copied} more pages of {self.page_size} tokens must be free, "
+                f"{num_more + is_copied} pages of {self.page_size} tokens must be free, "
                 f"got {len(self._free)} of {self.num_pages}."
             )
         copies = []

@@ -129,18 +129,23 @@ def init_cache(config: ModelConfig, run: RunConfig, *, batch: int, ctx_size: int
 def init_pool(
     config: ModelConfig, run: RunConfig, *, batch: int, num_pages: int, page_size: int = PAGE_SIZE
 ) -> Cache:
-    """Returns an empty paged cache of `num_pages` pages for `batch` sequences.
+    """Returns an empty paged cache of `num_pages` pages for `batch` sequences; each step needs `pages`.
 
     Raises:
-      ValueError: as `init_cache`, or if `page_size` does not divide 256.
+      ValueError: as `init_cache`, or if `page_size` does not divide 256 or there is no page.
     """
+    if num_pages < 1:
+        raise ValueError(f"num_pages must be at least 1, got {num_pages}.")
     if page_size < 1 or SLOT_MULTIPLE % page_size:
         raise ValueError(f"page_size must divide {SLOT_MULTIPLE}, got {page_size}.")
     return _init(config, run, batch, num_pages=num_pages, page_size=page_size)
 
 
 def copy_pages(cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
-    """Returns the cache with pages `sources` i32[n] copied over `targets` i32[n]; target Z is dropped."""
+    """Returns the cache with pages `sources` i32[n] copied over `targets` i32[n]; target Z is dropped.
+
+    All sources are read before any target is written.
+    """
     copy = lambda part: part.at[targets].set(jnp.take(part, sources, axis=0, mode="clip"), mode="drop")
     return dataclasses.replace(cache, layers=jax.tree.map(copy, cache.layers))
 

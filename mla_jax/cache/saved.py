@@ -22,21 +22,22 @@ from mla_jax.cache.rows import Cache
 from mla_jax.config import MLAMode, ModelConfig, RunConfig
 
 _FORMAT = "mla-jax cache 1"
-_SAMPLES = 1024  # numbers of each weight that a fingerprint looks at
+_SAMPLES = 4096  # numbers of each weight that a fingerprint looks at
 _HEADER_UPPER = 1 << 20  # bytes beside the rows: names, shapes, settings
 
 
 def fingerprint(config: ModelConfig, params) -> str:
     """Returns a digest that tells models apart.
 
-    It covers the config and, of each weight, its place, shape, dtype and 1,024 numbers spread over it: a
-    fine-tune shows, a single altered number may not.
+    It covers the config and, of each weight, its place, shape, dtype and 4,096 numbers at places drawn once
+    for all: a fine-tune shows, a single altered number may not.
     """
     digest = hashlib.sha256(repr(config).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         values = np.asarray(leaf).reshape(-1)
+        places = np.random.default_rng(0).integers(values.size, size=_SAMPLES)  # a stride would meet blocks
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(values[:: max(1, values.size // _SAMPLES)].tobytes())
+        digest.update(values[places].tobytes())
     return digest.hexdigest()
 
 
@@ -59,7 +60,7 @@ def save(
       tokens: ids of the rows to keep, T of them, at most as many as the sequence has.
       model: its `fingerprint`.
       run: how the rows came to be.
-      expert_reduction: the setting that they came to be with, in words.
+      expert_reduction: Smart Expert Reduction in force then, in words.
       sequence: which of the batch.
       pages: i32[M] its pages in a paged cache.
 
@@ -71,9 +72,11 @@ def save(
       OSError: if the file cannot be written.
     """
     tokens = np.asarray(tokens, np.int32)
+    places = _places(cache, tokens.size, sequence, pages)
+    if tokens.ndim != 1:
+        raise ValueError(f"tokens must have one axis, got {tokens.ndim}.")
     if tokens.size > int(cache.length[sequence]):
         raise ValueError(f"tokens must be at most the {cache.length[sequence]} rows, got {tokens.size}.")
-    places = _places(cache, tokens.size, sequence, pages)
     parts = {name: _bits(np.asarray(part[places])) for name, part in _named_parts(cache)}
     parts["tokens"] = tokens
     about = {"format": _FORMAT, "model": model} | _settings(run, expert_reduction)
@@ -101,7 +104,7 @@ def load(
       run: how the rows will be used.
       expert_reduction: the setting, in the words of `save`.
       sequence: which of the batch.
-      pages: i32[M] its pages in a paged cache.
+      pages: i32[M] its pages in a paged cache, which no other sequence shares.
 
     Returns:
       The cache, and the token ids that it now holds.
@@ -116,14 +119,16 @@ def load(
     data = _read_whole(path, upper=_HEADER_UPPER + num_slots * (per_token + 4))
     try:
         parts = safetensors.numpy.load(data)
-        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (safetensors.SafetensorError, KeyError) as error:
         raise ValueError(f"{path} must be a whole safetensors file, got one with {error}.") from None
     _check_about(path, about, {"format": _FORMAT, "model": model} | _settings(run, expert_reduction))
     if about.pop("sha256", None) != _digest(parts, about):
         raise ValueError(f"{path} must be as it was written, but its sha256 differs.")
     tokens = parts.pop("tokens", np.zeros(0))
-    if tokens.dtype != np.int32 or tokens.ndim != 1 or tokens.size > num_slots:
+    if tokens.dtype != np.int32 or tokens.ndim != 1:
+        raise ValueError(f"{path}: tokens must be int32 of one axis, got {tokens.dtype}{list(tokens.shape)}.")
+    if tokens.size > num_slots:
         raise ValueError(f"{path} must have at most {num_slots} tokens, got {tokens.size}.")
     places = _places(cache, tokens.size, sequence, pages)
     layers = _filled(path, cache, parts, places)
@@ -139,6 +144,8 @@ def _named_parts(cache):
 
 def _places(cache, count, sequence, pages):
     """Returns the index arrays (page, place) of a sequence's first `count` slots."""
+    if not 0 <= sequence < cache.length.shape[0]:
+        raise ValueError(f"sequence must be in [0, {cache.length.shape[0]}), got {sequence}.")
     num_pages, page_size = jax.tree.leaves(cache.layers)[0].shape[:2]
     pages = np.asarray([sequence] if pages is None else pages, np.int32)[: -(-count // page_size)]
     if pages.size * page_size < count or np.any((pages < 0) | (pages >= num_pages)):
@@ -201,14 +208,15 @@ def _bits(values):
 
 
 def _write_whole(path, data):
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    """Writes beside `path` and renames; the file is readable by this user alone."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".mla-jax-", delete=False) as file:
         try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
             os.replace(file.name, path)
         except BaseException:
-            os.unlink(file.name)
+            pathlib.Path(file.name).unlink(missing_ok=True)
             raise
 
 

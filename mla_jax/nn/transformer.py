@@ -78,6 +78,8 @@ class Transformer(nn.Module):
           reduction: which experts to leave out, of each sequence; None for none.
         """
         B, T = tokens.shape
+        if pages is not None and (pages.ndim != 2 or pages.shape[0] != B):
+            raise ValueError(f"pages must be [{B}, M], a row for each sequence, got {pages.shape}.")
         length = jnp.zeros((B,), jnp.int32) if cache is None else cache.length
         num_tokens = jnp.full((B,), T, jnp.int32) if num_tokens is None else num_tokens
         offsets = jnp.arange(T, dtype=jnp.int32)[None]

@@ -131,7 +131,7 @@ def test_a_fork_at_the_end_of_a_page_copies_nothing():
 def test_a_copy_is_counted_among_the_pages_that_must_be_free():
     table, first = _filled(6, num_pages=2)
     twin = table.fork(first)
-    with pytest.raises(PoolExhausted, match="1 more pages of 4 tokens must be free, got 0 of 2"):
+    with pytest.raises(PoolExhausted, match="1 pages of 4 tokens must be free, got 0 of 2"):
         table.append(twin, 1)
     table.free(first)
     assert table.append(twin, 2) == []

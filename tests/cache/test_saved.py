@@ -119,6 +119,20 @@ def test_pages_must_have_room(pages, tmp_path):
         cache_lib.load(tmp_path / "a", pool, model="m", run=run, pages=np.asarray(pages, np.int32))
 
 
+@pytest.mark.parametrize("sequence", [-1, 1])
+def test_the_sequence_must_be_one_of_the_batch(sequence, tmp_path):
+    words = rf"sequence must be in \[0, 1\), got {sequence}"
+    with pytest.raises(ValueError, match=words):
+        _save(tmp_path / "a", sequence=sequence)
+    _save(tmp_path / "a")
+    run = RunConfig(cache_type="q5_1")
+    empty = init_cache(CONFIG, run, batch=1, ctx_size=256)
+    with pytest.raises(ValueError, match=words):
+        cache_lib.load(tmp_path / "a", empty, model="m", run=run, sequence=sequence)
+    with pytest.raises(ValueError, match="tokens must have one axis, got 2"):
+        _save(tmp_path / "a", tokens=[TOKENS])
+
+
 def test_fewer_tokens_than_rows_are_kept_but_not_more(tmp_path):
     _save(tmp_path / "a", tokens=TOKENS[:5])
     assert _load(tmp_path / "a")[1] == TOKENS[:5]
@@ -211,7 +225,10 @@ def test_a_truncated_or_altered_file_is_refused(tmp_path):
             lambda parts: parts.update({"layers.0.latent.scale": np.zeros((70, 2), np.float32)}),
             r"layers.0.latent.scale must be float16\[70, 2\], got float32\[70, 2\]",
         ),
-        (lambda parts: parts.update(tokens=np.zeros(70)), "must have at most 256 tokens, got 70"),
+        (
+            lambda parts: parts.update(tokens=np.zeros(70)),
+            r"tokens must be int32 of one axis, got float64\[70\]",
+        ),
         (lambda parts: parts.update(tokens=np.zeros(71, np.int32)), r"must be \w+\[71, 32\], got"),
     ],
 )
@@ -232,6 +249,10 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path):
     (tmp_path / "foreign").write_bytes(saved.safetensors.numpy.save({"tokens": np.zeros(3, np.int32)}))
     with pytest.raises(ValueError, match="must be a cache saved by this program"):
         _load(tmp_path / "foreign")
+    header = b'{"__metadata__": null}'
+    (tmp_path / "null").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="must be a cache saved by this program"):
+        _load(tmp_path / "null")
     with pytest.raises(FileNotFoundError):
         _load(tmp_path / "none")
     with pytest.raises(ValueError, match="must be a regular file"):
@@ -242,14 +263,17 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path):
 
 
 def test_a_fingerprint_tells_models_apart():
-    params = {"a": {"weight": jnp.arange(6.0).reshape(2, 3)}, "b": jnp.zeros(5000, jnp.int8)}
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 255, (512, 8, 34), np.uint8)
+    params = {"a": {"weight": jnp.arange(6.0).reshape(2, 3)}, "b": jnp.asarray(blocks)}
     base = cache_lib.fingerprint(CONFIG, params)
     assert base == cache_lib.fingerprint(CONFIG, jax.tree.map(jnp.copy, params))
     others = [
         (dataclasses.replace(CONFIG, norm_epsilon=1e-5), params),
-        (CONFIG, params | {"b": params["b"].at[4000].set(1)}),
+        (CONFIG, params | {"b": params["b"].at[..., 2:].set(~blocks[..., 2:])}),
+        (CONFIG, params | {"b": params["b"].at[:, 3].set(~blocks[:, 3])}),
         (CONFIG, params | {"a": {"weight": params["a"]["weight"].T}}),
         (CONFIG, {"a": params["a"], "c": params["b"]}),
-        (CONFIG, params | {"b": params["b"].astype(jnp.uint8)}),
+        (CONFIG, params | {"b": params["b"].astype(jnp.int8)}),
     ]
     assert base not in {cache_lib.fingerprint(*other) for other in others}

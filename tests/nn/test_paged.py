@@ -195,3 +195,12 @@ def test_forks_share_pages_and_go_their_own_ways():
 def test_a_page_must_divide_a_chunk(page_size):
     with pytest.raises(ValueError, match=f"page_size must divide 256, got {page_size}"):
         init_pool(CONFIG, RUNS["f32"], batch=1, num_pages=1, page_size=page_size)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 5), (5,)])
+def test_pages_have_a_row_for_each_sequence(shape):
+    cache = init_pool(CONFIG, RUNS["f32"], batch=2, num_pages=10)
+    with pytest.raises(ValueError, match=r"pages must be \[2, M\], a row for each sequence, got"):
+        _step(_params(), _tokens(2)[:, :1], cache, None, np.zeros(shape, np.int32), RUNS["f32"])
+    with pytest.raises(ValueError, match="num_pages must be at least 1, got 0"):
+        init_pool(CONFIG, RUNS["f32"], batch=2, num_pages=0)
