@@ -77,32 +77,35 @@ class GGUFFile:
     tensors: dict[str, TensorInfo]
     _stats: dict[str, tuple[int, int]]
 
-    def read(self, name: str) -> np.ndarray:
-        """Reads the bytes of one tensor.
+    def read(self, name: str, start: int = 0, size: int | None = None) -> np.ndarray:
+        """Reads the bytes of one tensor, or some of them.
 
         Args:
           name: key of `tensors`.
+          start: first byte, counted from the tensor's first.
+          size: number of bytes; None for all that follow.
 
         Returns:
-          uint8[num_bytes], its address a multiple of `BUFFER_ALIGNMENT`, so that JAX can adopt it on the CPU.
+          uint8[size], its address a multiple of `BUFFER_ALIGNMENT`, so that JAX can adopt it on the CPU.
 
         Raises:
           GGUFError: if the file cannot be read, or is not the one that was opened any more.
         """
         info = self.tensors[name]
-        data = aligned_empty(info.num_bytes)
+        size = info.num_bytes - start if size is None else size
+        data = aligned_empty(size)
         view, done = memoryview(data), 0
         try:
             with open(info.path, "rb", buffering=0) as file:
                 if _stat(file) != self._stats[info.path]:
                     raise GGUFError(f"{info.path}: the file must not change while it is read, but it did.")
-                file.seek(info.offset)
-                while done < info.num_bytes:
+                file.seek(info.offset + start)
+                while done < size:
                     count = file.readinto(view[done : done + _READ_BYTES])
                     if not count:
                         raise GGUFError(
-                            f"{info.path}: tensor {name!r} at byte {info.offset} ends after {done} of "
-                            f"{info.num_bytes} bytes."
+                            f"{info.path}: tensor {name!r} at byte {info.offset} ends after {start + done} "
+                            f"of {info.num_bytes} bytes."
                         )
                     done += count
         except OSError as error:

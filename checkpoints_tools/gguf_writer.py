@@ -26,7 +26,8 @@ class TensorData:
       name: GGUF name.
       shape: number of weights along each axis in NumPy order.
       ggml_type: key of `ggml_types.TYPES`.
-      data: array whose bytes are the tensor's, for example uint8 blocks; fetched from its device on writing.
+      data: array whose bytes are the tensor's, for example uint8 blocks, fetched from its device on writing;
+        or a function that yields such arrays one after another, called when the tensor's turn has come.
     """
 
     name: str
@@ -61,14 +62,22 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, Any], tensors: It
         file.write(_header(metadata, tensors, alignment))
         for tensor in tensors:
             file.write(bytes(-file.tell() % alignment))
-            data = np.ascontiguousarray(tensor.data)
-            if data.nbytes != tensor.num_bytes:
-                raise ValueError(
-                    f"tensor {tensor.name!r} of shape {tensor.shape} and type {TYPES[tensor.ggml_type].name} "
-                    f"must have {tensor.num_bytes} bytes, got {data.nbytes}."
-                )
-            file.write(memoryview(data.reshape(-1).view(np.uint8)))
+            _write_data(file, tensor)
         file.write(bytes(-file.tell() % alignment))
+
+
+def _write_data(file: Any, tensor: TensorData) -> None:
+    num_bytes = 0
+    for part in tensor.data() if callable(tensor.data) else [tensor.data]:
+        part = np.ascontiguousarray(part)
+        num_bytes += part.nbytes
+        if num_bytes <= tensor.num_bytes:
+            file.write(memoryview(part.reshape(-1).view(np.uint8)))
+    if num_bytes != tensor.num_bytes:
+        raise ValueError(
+            f"tensor {tensor.name!r} of shape {tensor.shape} and type {TYPES[tensor.ggml_type].name} "
+            f"must have {tensor.num_bytes} bytes, got {num_bytes}."
+        )
 
 
 def _header(metadata: Metadata, tensors: list[TensorData], alignment: int) -> bytes:

@@ -100,8 +100,11 @@ def _leaf(data: np.ndarray, info: TensorInfo, shape: tuple[int, ...]) -> jax.Arr
     block = BLOCK_TYPES.get(info.ggml_type)
     if block is None:
         return jax.device_put(data.view(_PLAIN_DTYPES[info.type_name]).reshape(shape))
-    blocks = data.reshape(*shape[:-1], shape[-1] // block.block_size, block.block_bytes)
-    return QuantizedTensor(blocks=jax.device_put(blocks), format=block.name)
+    rows, header = data.reshape(*shape[:-1], -1), None
+    if block.header_bytes:
+        header, rows = jax.device_put(rows[..., : block.header_bytes].copy()), rows[..., block.header_bytes :]
+    blocks = rows.reshape(*shape[:-1], shape[-1] // block.block_size, block.block_bytes)
+    return QuantizedTensor(blocks=jax.device_put(blocks), header=header, format=block.name)
 
 
 class _ProgressLine:

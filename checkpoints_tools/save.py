@@ -92,7 +92,7 @@ def _encode(name: str, weight: np.ndarray, weight_type: str) -> TensorData:
 def _tensor(name: str, leaf: jax.Array | QuantizedTensor, file_shape: tuple[int, ...] | None) -> TensorData:
     """Describes a parameter as a tensor; old files have some as matrices, with the same bytes."""
     if isinstance(leaf, QuantizedTensor):
-        ggml_type, data = quant.FORMATS[leaf.format].ggml_type, leaf.blocks
+        ggml_type, data = quant.FORMATS[leaf.format].ggml_type, _rows(leaf)
     elif leaf.dtype.name in _PLAIN_TYPES:
         ggml_type, data = _PLAIN_TYPES[leaf.dtype.name], leaf
     else:
@@ -101,3 +101,11 @@ def _tensor(name: str, leaf: jax.Array | QuantizedTensor, file_shape: tuple[int,
         )
     is_same_size = file_shape is not None and math.prod(file_shape) == math.prod(leaf.shape)
     return TensorData(name, file_shape if is_same_size else leaf.shape, ggml_type, data)
+
+
+def _rows(weight: QuantizedTensor) -> jax.Array | np.ndarray:
+    """Returns the bytes of a weight as the file has them, headers in front of their rows."""
+    if weight.header is None:
+        return weight.blocks
+    rows = np.asarray(weight.blocks).reshape(*weight.blocks.shape[:-2], -1)
+    return np.concatenate([np.asarray(weight.header), rows], axis=-1)

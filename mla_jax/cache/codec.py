@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.cache import quantisers
-from mla_jax.quant import formats
+from mla_jax.quant import bits as bits_lib
 
 PLAIN = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16, "fp8_e4m3": jnp.float8_e4m3fn}
 
@@ -169,5 +169,5 @@ def _pack(codes, bits):
 
 def _unpack(packed, bits):
     """Takes the planes apart again: uint8[..., n * bits / 8] -> uint8[..., n]."""
-    planes = formats.fields(packed, tuple(range(0, 8, bits)), (1 << bits) - 1)
+    planes = bits_lib.fields(packed, tuple(range(0, 8, bits)), (1 << bits) - 1)
     return planes.reshape(*packed.shape[:-1], -1)

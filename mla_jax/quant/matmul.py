@@ -16,7 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mla_jax.quant import formats, tensor
+from mla_jax.quant import tensor
 
 _FEW_ROWS = 2  # a decode step; 2 is included because one row is often padded to two
 
@@ -48,7 +48,7 @@ def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
 def _multiply_and_reduce(x: jax.Array, weight: tensor.Weight) -> jax.Array:
     """Sums over blocks and the weights of a block; merging the two axes first would slow decoding down."""
     if isinstance(weight, tensor.QuantizedTensor):
-        values = formats.FORMATS[weight.format].decode(weight.blocks)
+        values = tensor.decode_blocks(weight)
     else:
         values = weight.astype(jnp.float32)[:, None, :]
     rows = x.reshape(-1, 1, *values.shape[1:])

@@ -15,10 +15,12 @@ class QuantizedTensor:
 
     Attributes:
       blocks: uint8[..., blocks per row, bytes per block].
+      header: uint8[..., bytes], what formats with a scale per row have in front of each; None for the others.
       format: key of `formats.FORMATS`; static under jit.
     """
 
     blocks: jax.Array
+    header: jax.Array | None = None
     format: str = dataclasses.field(metadata=dict(static=True))
 
     @property
@@ -45,10 +47,18 @@ class QuantizedTensor:
                 f"a QuantizedTensor of shape {self.shape} takes at most {self.ndim - 1} indices, "
                 f"without None and Ellipsis, so that its rows of blocks stay whole, got {index}."
             )
-        return dataclasses.replace(self, blocks=self.blocks[index])
+        return jax.tree.map(lambda leaf: leaf[index], self)
 
 
 Weight = jax.Array | QuantizedTensor
+
+
+def decode_blocks(weight: QuantizedTensor) -> jax.Array:
+    """Returns the weight as float32[..., blocks per row, weights in a block]."""
+    decode_format = formats.FORMATS[weight.format].decode
+    if weight.header is None:
+        return decode_format(weight.blocks)
+    return decode_format(weight.blocks, weight.header)
 
 
 def decode(weight: Weight, dtype=jnp.float32) -> jax.Array:
@@ -63,8 +73,7 @@ def decode(weight: Weight, dtype=jnp.float32) -> jax.Array:
     """
     if not isinstance(weight, QuantizedTensor):
         return jnp.asarray(weight).astype(dtype)
-    values = formats.FORMATS[weight.format].decode(weight.blocks)
-    return values.reshape(weight.shape).astype(dtype)
+    return decode_blocks(weight).reshape(weight.shape).astype(dtype)
 
 
 def take_rows(weight: Weight, ids: jax.Array) -> jax.Array:
@@ -77,7 +86,4 @@ def take_rows(weight: Weight, ids: jax.Array) -> jax.Array:
     Returns:
       float32[..., size].
     """
-    if isinstance(weight, QuantizedTensor):
-        blocks = jnp.take(weight.blocks, ids, axis=0, mode="clip")
-        return decode(dataclasses.replace(weight, blocks=blocks))
-    return decode(jnp.take(weight, ids, axis=0, mode="clip"))
+    return decode(jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=0, mode="clip"), weight))
