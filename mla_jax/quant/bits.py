@@ -2,12 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def float16(blocks: jax.Array, start: int) -> jax.Array:
     """Returns the little-endian float16 at byte `start` of each block as float32[..., 1]."""
     scale = jax.lax.bitcast_convert_type(blocks[..., start : start + 2], jnp.float16)
     return scale[..., None].astype(jnp.float32)
+
+
+def float32(blocks: jax.Array, start: int) -> jax.Array:
+    """Returns the little-endian float32 at byte `start` of each block as float32[..., 1]."""
+    return jax.lax.bitcast_convert_type(blocks[..., start : start + 4], jnp.float32)[..., None]
 
 
 def split(values: jax.Array, count: int) -> jax.Array:
@@ -22,6 +28,18 @@ def join(values: jax.Array, axes: int) -> jax.Array:
 
 
 def fields(values: jax.Array, shifts: tuple[int, ...], mask: int) -> jax.Array:
-    """Extracts bit fields of bytes: [..., n] -> [..., shifts, n], field s being `(byte >> s) & mask`."""
-    parts = [jax.lax.shift_right_logical(values, jnp.full_like(values, s)) & jnp.uint8(mask) for s in shifts]
+    """Extracts bit fields of words: [..., n] -> [..., shifts, n], field s being `(word >> s) & mask`."""
+    kept = jnp.full_like(values, mask)
+    parts = [jax.lax.shift_right_logical(values, jnp.full_like(values, s)) & kept for s in shifts]
     return jnp.stack(parts, axis=-2)
+
+
+def unpack(values: jax.Array, width: int) -> jax.Array:
+    """Unpacks bytes into the numbers of `width` bits packed in them, low bits first: [..., n] -> [..., m]."""
+    parts = fields(values, tuple(range(0, 8, width)), (1 << width) - 1)
+    return join(parts.swapaxes(-1, -2), 2)
+
+
+def lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
+    """Returns `table[codes]`: unsigned codes [...] below the length of the table [n, ...] -> [..., ...]."""
+    return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
