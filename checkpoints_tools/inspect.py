@@ -5,10 +5,9 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from checkpoints_tools import hparams
 from checkpoints_tools.gguf_file import GGUFError, GGUFFile, open_gguf
 from checkpoints_tools.gguf_metadata import Field
-from checkpoints_tools.layout import check_layout
+from checkpoints_tools.model_file import check_model
 from mla_jax.config import ModelConfig
 
 _MAX_ELEMENTS = 6  # of an array that are shown
@@ -45,8 +44,7 @@ def _summary(file: GGUFFile) -> str:
         ("types", _type_counts(file)),
     ]
     try:
-        config = hparams.model_config(file.metadata, file.tensors, file.path)
-        check_layout(config, file.tensors, file.path)
+        config, _ = check_model(file)
         rows += _sizes(config)
     except GGUFError as error:
         rows.append(("cannot be run", str(error).removeprefix(f"{file.path}: ")))

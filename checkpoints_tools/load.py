@@ -2,26 +2,23 @@
 
 import dataclasses
 import os
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from checkpoints_tools import hparams, layout, names
+from checkpoints_tools import names
 from checkpoints_tools.gguf_file import TensorInfo, open_gguf
 from checkpoints_tools.gguf_metadata import Metadata
 from checkpoints_tools.layout import BLOCK_TYPES
+from checkpoints_tools.model_file import check_model
+from checkpoints_tools.progress import Progress, ProgressLine
 from mla_jax.config import ModelConfig
 from mla_jax.quant import QuantizedTensor
 
-Progress = Callable[[int, int, int, int], None]
-
 _PLAIN_DTYPES = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype(ml_dtypes.bfloat16)}
-_SLOW_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,9 +69,8 @@ def load_gguf(path: str | os.PathLike, progress: Progress | None = None) -> Chec
       GGUFError: for a file that is no sound deepseek2 GGUF of supported types.
     """
     file = open_gguf(path)
-    config = hparams.model_config(file.metadata, file.tensors, file.path)
-    plan = layout.check_layout(config, file.tensors, file.path)
-    report = progress or _ProgressLine(file.path)
+    config, plan = check_model(file)
+    report = progress or ProgressLine(file.path)
     num_bytes, bytes_done = sum(info.num_bytes for info in file.tensors.values()), 0
     leaves, unread = {}, {}
     for done, (name, info) in enumerate(file.tensors.items(), start=1):
@@ -105,24 +101,3 @@ def _leaf(data: np.ndarray, info: TensorInfo, shape: tuple[int, ...]) -> jax.Arr
         header, rows = jax.device_put(rows[..., : block.header_bytes].copy()), rows[..., block.header_bytes :]
     blocks = rows.reshape(*shape[:-1], shape[-1] // block.block_size, block.block_bytes)
     return QuantizedTensor(blocks=jax.device_put(blocks), header=header, format=block.name)
-
-
-class _ProgressLine:
-    """Tells on stderr how far loading is: on a terminal all along, elsewhere once, if it was slow."""
-
-    def __init__(self, path: str):
-        self.path, self.start, self.shown = path, time.monotonic(), 0.0
-        self.is_terminal = sys.stderr.isatty()
-
-    def __call__(self, done: int, num_tensors: int, bytes_done: int, num_bytes: int) -> None:
-        now = time.monotonic()
-        seconds, is_last = now - self.start, done == num_tensors
-        line = (
-            f"{os.path.basename(self.path)}: {done}/{num_tensors} tensors, {bytes_done / 1e9:.2f} of "
-            f"{num_bytes / 1e9:.2f} GB, {bytes_done / 1e9 / max(seconds, 1e-9):.2f} GB/s"
-        )
-        if self.is_terminal and (is_last or now - self.shown > 0.1):
-            self.shown = now
-            print(f"\r{line}", end="\n" if is_last else "", file=sys.stderr, flush=True)
-        elif is_last and not self.is_terminal and seconds > _SLOW_SECONDS:
-            print(line, file=sys.stderr, flush=True)

@@ -3,9 +3,9 @@
 import dataclasses
 import os
 
-from checkpoints_tools import hparams, layout
 from checkpoints_tools.gguf_file import open_gguf
 from checkpoints_tools.inspect import columns
+from checkpoints_tools.model_file import check_model
 from mla_jax import presets
 from mla_jax.cache import bytes_per_token
 from mla_jax.config import CACHE_TYPES, ModelConfig, RunConfig
@@ -40,8 +40,7 @@ def plan(model: str | os.PathLike, *, ctx_size: int | None, run: RunConfig) -> s
 
 def _read(path):
     file = open_gguf(path)
-    config = hparams.model_config(file.metadata, file.tensors, file.path)
-    layout.check_layout(config, file.tensors, file.path)
+    config, _ = check_model(file)
     num_bytes = sum(info.num_bytes for info in file.tensors.values())
     return config, f"{num_bytes / 2**20:,.1f} MiB in {len(file.tensors)} tensors"
 

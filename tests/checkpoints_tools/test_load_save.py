@@ -12,7 +12,7 @@ import pytest
 from synthetic import vocabulary, write_deepseek2
 
 import checkpoints_tools
-from checkpoints_tools import gguf_file, load, names
+from checkpoints_tools import gguf_file, names, progress
 from checkpoints_tools.ggml_types import IDS
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from mla_jax import quant
@@ -188,7 +188,7 @@ class _Terminal(io.StringIO):
 def test_progress_line(tmp_path, monkeypatch, stream, slow_seconds, num_lines):
     write_deepseek2(tmp_path / "a.gguf")
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(load, "_SLOW_SECONDS", slow_seconds)
+    monkeypatch.setattr(progress, "_SLOW_SECONDS", slow_seconds)
     checkpoints_tools.load_gguf(tmp_path / "a.gguf")
     text = stream.getvalue()
     assert text.count("\n") == num_lines
