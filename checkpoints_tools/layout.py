@@ -67,6 +67,22 @@ def expected_shapes(config: ModelConfig, names: Container[str]) -> dict[str, Sha
     return dict(_expected(config, names))
 
 
+def check_type(info: TensorInfo) -> None:
+    """Checks that the weights of a tensor can be decoded.
+
+    Args:
+      info: row of a tensor table.
+
+    Raises:
+      GGUFError: if they cannot.
+    """
+    if info.ggml_type not in PLAIN_TYPES and info.ggml_type not in BLOCK_TYPES:
+        raise GGUFError(
+            f"{info.path}: tensor {info.name!r} has type {info.type_name} ({info.ggml_type}), "
+            "which cannot be decoded."
+        )
+
+
 def _check_tensor(info: TensorInfo, shape: Shape) -> None:
     allowed = [shape, (shape[0] * shape[1], shape[2])] if _may_be_flat(info.name) else [shape]
     if info.shape not in allowed:
@@ -74,14 +90,12 @@ def _check_tensor(info: TensorInfo, shape: Shape) -> None:
             f"{info.path}: tensor {info.name!r} must have shape {' or '.join(map(str, allowed))}, "
             f"got {info.shape}."
         )
-    is_vector = len(shape) == 1
-    supported = PLAIN_TYPES if is_vector else (*PLAIN_TYPES, *BLOCK_TYPES)
-    if info.ggml_type not in supported:
-        names = ", ".join(TYPES[ggml_type].name for ggml_type in supported)
+    if len(shape) == 1 and info.ggml_type not in PLAIN_TYPES:
         raise GGUFError(
             f"{info.path}: tensor {info.name!r} has type {info.type_name} ({info.ggml_type}), "
-            f"supported {'for vectors ' if is_vector else ''}are {names}."
+            f"supported for vectors are {', '.join(TYPES[ggml_type].name for ggml_type in PLAIN_TYPES)}."
         )
+    check_type(info)
 
 
 def _may_be_flat(name: str) -> bool:

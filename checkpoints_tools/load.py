@@ -1,6 +1,7 @@
 """GGUF file -> `Checkpoint`: config, parameters and everything else that saving needs."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +10,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from checkpoints_tools import names
-from checkpoints_tools.gguf_file import TensorInfo, open_gguf
+from checkpoints_tools import layout, names
+from checkpoints_tools.ggml_types import TYPES
+from checkpoints_tools.gguf_file import GGUFFile, TensorInfo, open_gguf
 from checkpoints_tools.gguf_metadata import Metadata
 from checkpoints_tools.layout import BLOCK_TYPES
 from checkpoints_tools.model_file import check_model
@@ -39,7 +41,7 @@ class Checkpoint:
       params: nested dict of arrays f32, f16 or bf16, and `QuantizedTensor`s; paths as in `names`.
       metadata: key-values, as a mapping from key to plain Python value.
       unread: GGUF name -> tensor that the network does not read, for saving.
-      file_shapes: GGUF name -> shape in the file, in file order; empty for a model that comes from no file.
+      file_tensors: tensor table of the file by GGUF name, in file order; empty if the model is of no file.
       path: the file, or None.
     """
 
@@ -47,7 +49,7 @@ class Checkpoint:
     params: dict[str, Any]
     metadata: Metadata
     unread: Mapping[str, UnreadTensor] = dataclasses.field(default_factory=dict)
-    file_shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    file_tensors: Mapping[str, TensorInfo] = dataclasses.field(default_factory=dict)
     path: str | None = None
 
 
@@ -74,11 +76,10 @@ def load_gguf(path: str | os.PathLike, progress: Progress | None = None) -> Chec
     num_bytes, bytes_done = sum(info.num_bytes for info in file.tensors.values()), 0
     leaves, unread = {}, {}
     for done, (name, info) in enumerate(file.tensors.items(), start=1):
-        data = file.read(name)
         if name in plan.shapes:
-            leaves[name] = _leaf(data, info, plan.shapes[name])
+            leaves[name] = _on_device(read_weight(file, name), plan.shapes[name])
         else:
-            unread[name] = UnreadTensor(shape=info.shape, ggml_type=info.ggml_type, data=data)
+            unread[name] = UnreadTensor(shape=info.shape, ggml_type=info.ggml_type, data=file.read(name))
         bytes_done += info.num_bytes
         report(done, len(file.tensors), bytes_done, num_bytes)
     return Checkpoint(
@@ -86,18 +87,48 @@ def load_gguf(path: str | os.PathLike, progress: Progress | None = None) -> Chec
         params=names.unflatten(leaves),
         metadata=file.metadata,
         unread=unread,
-        file_shapes={name: info.shape for name, info in file.tensors.items()},
+        file_tensors=file.tensors,
         path=file.path,
     )
 
 
-def _leaf(data: np.ndarray, info: TensorInfo, shape: tuple[int, ...]) -> jax.Array | QuantizedTensor:
-    """Gives bytes their shape on the default device; `device_put` adopts aligned host memory on the CPU."""
-    block = BLOCK_TYPES.get(info.ggml_type)
-    if block is None:
-        return jax.device_put(data.view(_PLAIN_DTYPES[info.type_name]).reshape(shape))
-    rows, header = data.reshape(*shape[:-1], -1), None
-    if block.header_bytes:
-        header, rows = jax.device_put(rows[..., : block.header_bytes].copy()), rows[..., block.header_bytes :]
-    blocks = rows.reshape(*shape[:-1], shape[-1] // block.block_size, block.block_bytes)
-    return QuantizedTensor(blocks=jax.device_put(blocks), header=header, format=block.name)
+def read_weight(
+    file: GGUFFile, name: str, start_row: int = 0, stop_row: int | None = None
+) -> np.ndarray | QuantizedTensor:
+    """Reads rows of one tensor of any type that can be decoded, so that tools can go through a large file.
+
+    Args:
+      file: an opened file, of any architecture.
+      name: key of `file.tensors`. The tensor is seen as a matrix [rows, row size]; a vector is one row.
+      start_row: first row.
+      stop_row: row after the last one; None for all that follow. Only these rows are read.
+
+    Returns:
+      [stop_row - start_row, row size] in host memory: an array f32, f16 or bf16, or a `QuantizedTensor` whose
+      leaves are NumPy arrays.
+
+    Raises:
+      GGUFError: if the type cannot be decoded, or the file cannot be read.
+      ValueError: if the tensor does not have these rows.
+    """
+    info = file.tensors[name]
+    layout.check_type(info)
+    num_rows = math.prod(info.shape[:-1])
+    stop_row = num_rows if stop_row is None else stop_row
+    if not 0 <= start_row <= stop_row <= num_rows:
+        raise ValueError(f"rows of {name!r} must be a range in [0, {num_rows}], got {start_row}:{stop_row}.")
+    row_bytes = TYPES[info.ggml_type].row_bytes(info.shape[-1] if info.shape else 1)
+    data = file.read(name, start_row * row_bytes, (stop_row - start_row) * row_bytes)
+    rows = data.reshape(stop_row - start_row, row_bytes)
+    entry = BLOCK_TYPES.get(info.ggml_type)
+    if entry is None:
+        return rows.view(_PLAIN_DTYPES[info.type_name])
+    header = rows[:, : entry.header_bytes].copy() if entry.header_bytes else None
+    num_blocks = (row_bytes - entry.header_bytes) // entry.block_bytes
+    blocks = rows[:, entry.header_bytes :].reshape(len(rows), num_blocks, entry.block_bytes)
+    return QuantizedTensor(blocks=blocks, header=header, format=entry.name)
+
+
+def _on_device(matrix: np.ndarray | QuantizedTensor, shape: tuple[int, ...]) -> jax.Array | QuantizedTensor:
+    """Puts a matrix on the default device as an array of a shape; on the CPU, JAX adopts aligned memory."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf.reshape(*shape[:-1], *leaf.shape[1:])), matrix)

@@ -10,6 +10,7 @@ import numpy as np
 
 from checkpoints_tools import hparams, layout, names
 from checkpoints_tools.ggml_types import IDS, TYPES
+from checkpoints_tools.gguf_file import TensorInfo
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from checkpoints_tools.load import Checkpoint
 from mla_jax import quant
@@ -31,11 +32,11 @@ def save_gguf(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
       OSError: if the file cannot be written.
     """
     leaves = names.flatten(checkpoint.params)
-    order = dict.fromkeys([*checkpoint.file_shapes, *leaves, *checkpoint.unread])
+    order = dict.fromkeys([*checkpoint.file_tensors, *leaves, *checkpoint.unread])
     tensors = []
     for name in order:
         if name in leaves:
-            tensors.append(_tensor(name, leaves[name], checkpoint.file_shapes.get(name)))
+            tensors.append(_tensor(name, leaves[name], checkpoint.file_tensors.get(name)))
         elif name in checkpoint.unread:
             kept = checkpoint.unread[name]
             tensors.append(TensorData(name, kept.shape, kept.ggml_type, kept.data))
@@ -89,7 +90,7 @@ def _encode(name: str, weight: np.ndarray, weight_type: str) -> TensorData:
     return TensorData(name, weight.shape, ggml_type, quant.encode(weight, weight_type))
 
 
-def _tensor(name: str, leaf: jax.Array | QuantizedTensor, file_shape: tuple[int, ...] | None) -> TensorData:
+def _tensor(name: str, leaf: jax.Array | QuantizedTensor, info: TensorInfo | None) -> TensorData:
     """Describes a parameter as a tensor; old files have some as matrices, with the same bytes."""
     if isinstance(leaf, QuantizedTensor):
         ggml_type, data = quant.FORMATS[leaf.format].ggml_type, _rows(leaf)
@@ -99,8 +100,8 @@ def _tensor(name: str, leaf: jax.Array | QuantizedTensor, file_shape: tuple[int,
         raise ValueError(
             f"parameter {name!r} must be float32, float16, bfloat16 or blocks, got {leaf.dtype}."
         )
-    is_same_size = file_shape is not None and math.prod(file_shape) == math.prod(leaf.shape)
-    return TensorData(name, file_shape if is_same_size else leaf.shape, ggml_type, data)
+    is_same_size = info is not None and math.prod(info.shape) == math.prod(leaf.shape)
+    return TensorData(name, info.shape if is_same_size else leaf.shape, ggml_type, data)
 
 
 def _rows(weight: QuantizedTensor) -> jax.Array | np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 from synthetic import vocabulary, write_deepseek2
 
 import checkpoints_tools
-from checkpoints_tools import gguf_file, names, progress
+from checkpoints_tools import gguf_file, load, names, progress
 from checkpoints_tools.ggml_types import IDS
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from mla_jax import quant
@@ -49,6 +49,26 @@ def test_every_weight_has_the_value_in_the_file(tmp_path, options):
     for name, leaf in leaves.items():
         values = np.asarray(quant.decode(leaf))
         np.testing.assert_array_equal(values.reshape(stored[name].shape), stored[name], name)
+
+
+@pytest.mark.parametrize("weight_type", ["F32", "BF16", "Q8_0"])
+def test_rows_are_read_alone(tmp_path, weight_type):
+    stored = write_deepseek2(tmp_path / "a.gguf", weight_type=weight_type)
+    file = gguf_file.open_gguf(tmp_path / "a.gguf")
+    for name in ("blk.1.ffn_up_exps.weight", "token_embd.weight", "output_norm.weight"):
+        matrix = stored[name].reshape(-1, stored[name].shape[-1])
+        for rows in (slice(0, None), slice(0, 1), slice(len(matrix) // 2, len(matrix)), slice(1, 1)):
+            weight = load.read_weight(file, name, rows.start, rows.stop)
+            assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(weight))
+            np.testing.assert_array_equal(quant.decode(weight), matrix[rows])
+
+
+@pytest.mark.parametrize("rows", [(-1, 2), (3, 2), (0, 321)])
+def test_rows_that_are_not_there_are_refused(tmp_path, rows):
+    write_deepseek2(tmp_path / "a.gguf")
+    file = gguf_file.open_gguf(tmp_path / "a.gguf")
+    with pytest.raises(ValueError, match=r"rows of 'token_embd.weight' must be a range in \[0, 320\]"):
+        load.read_weight(file, "token_embd.weight", *rows)
 
 
 def test_old_matrices_become_heads(tmp_path):

@@ -322,7 +322,7 @@ def _unsupported_type(path):
     file = open_gguf(path)
     tensors = []
     for name, info in file.tensors.items():
-        kind = IDS["iq4_ks"] if name == "blk.0.ffn_up.weight" else info.ggml_type
+        kind = IDS["q8_K"] if name == "blk.0.ffn_up.weight" else info.ggml_type
         num_bytes = TensorData(name, info.shape, kind, None).num_bytes
         tensors.append(TensorData(name, info.shape, kind, file.read(name)[:num_bytes]))
     write_gguf(path, file.metadata, tensors)
@@ -341,7 +341,7 @@ def _no_vocabulary(path):
         (_truncated, "needs 8192 bytes, 3192 are left; the file is cut off or damaged."),
         (_llama, "'general.architecture' is 'llama', supported is 'deepseek2'"),
         (_wrong_shape, "tensor 'token_embd.weight' must have shape (320, 32), got (320, 64)"),
-        (_unsupported_type, "has type iq4_ks (144), supported are f32, f16, bf16"),
+        (_unsupported_type, "has type q8_K (15), which cannot be decoded"),
         (_no_vocabulary, "tokenizer.ggml.tokens is missing, so the file has no vocabulary."),
     ],
     ids=lambda value: value.__name__.lstrip("_") if callable(value) else "",
