@@ -40,6 +40,15 @@ def unpack(values: jax.Array, width: int) -> jax.Array:
     return join(parts.swapaxes(-1, -2), 2)
 
 
+def planes(values: jax.Array, width: int, runs: int = 1) -> jax.Array:
+    """Unpacks numbers of `width` bits stored in planes: [..., n] -> [..., 8 n / width].
+
+    The bytes are `runs` runs of equal length. Byte i of a run has the numbers at place i of 8 / width planes,
+    the first in its lowest bits; the result is in the order of runs, planes and places.
+    """
+    return join(fields(split(values, runs), tuple(range(0, 8, width)), (1 << width) - 1), 3)
+
+
 def lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
     """Returns `table[codes]`: unsigned codes [...] below the length of the table [n, ...] -> [..., ...]."""
     return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
