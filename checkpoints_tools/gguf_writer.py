@@ -114,10 +114,10 @@ def _replacing(path: str) -> Iterator:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync_folder(os.path.dirname(path) or ".")
+    sync_folder(os.path.dirname(path) or ".")
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     """Makes the rename itself last; folders cannot be opened everywhere, and need not be."""
     try:
         handle = os.open(folder, os.O_RDONLY)

@@ -1,0 +1,64 @@
+"""Folders that appear whole or not at all, and a place beside a file for what is not whole yet."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+
+from checkpoints_tools.gguf_writer import sync_folder
+
+
+@contextlib.contextmanager
+def creating(path: str | os.PathLike) -> Iterator[str]:
+    """Makes a folder beside its place and moves it there when it is complete and on the disk.
+
+    Args:
+      path: the folder; an empty one that is there is replaced.
+
+    Yields:
+      Path of the folder to be filled. If that fails, it vanishes with all that is in it.
+
+    Raises:
+      ValueError: if there is something at `path` that is no empty folder.
+      OSError: if the folder cannot be made or moved.
+    """
+    path = os.path.normpath(path)
+    if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        raise ValueError(f"{path} must be a new or an empty folder, got one that is in use.")
+    with beside(path) as temporary:
+        yield temporary
+        _sync_all(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(path)
+        os.rename(temporary, path)
+        sync_folder(os.path.dirname(path) or ".")
+
+
+@contextlib.contextmanager
+def beside(path: str | os.PathLike) -> Iterator[str]:
+    """Makes a folder for unfinished files on the disk of `path`; what is left in it vanishes at the end.
+
+    Args:
+      path: file or folder that need not exist; its parent must.
+
+    Yields:
+      Path of the folder.
+
+    Raises:
+      OSError: if the folder cannot be made.
+    """
+    temporary = f"{os.path.normpath(path)}.{secrets.token_hex(4)}.tmp"
+    os.mkdir(temporary)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_all(folder: str) -> None:
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(parent)
