@@ -86,8 +86,8 @@ def _encode(name: str, weight: np.ndarray, weight_type: str) -> TensorData:
         raise ValueError(f"weight_type must be f32, f16, bf16 or q8_0, got {weight_type!r}.")
     is_small = weight.ndim == 1 or name.endswith("ffn_gate_inp.weight")
     if is_small or weight.shape[-1] % TYPES[ggml_type].block_size:
-        weight_type, ggml_type = "f32", IDS["f32"]
-    return TensorData(name, weight.shape, ggml_type, quant.encode(weight, weight_type))
+        weight_type = "f32"
+    return _tensor(name, quant.encode(weight, weight_type), None)
 
 
 def _tensor(name: str, leaf: jax.Array | QuantizedTensor, info: TensorInfo | None) -> TensorData:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_jax.cache import quantisers
 from mla_jax.quant import bits as bits_lib
+from mla_jax.quant import quantisers
 
 PLAIN = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16, "fp8_e4m3": jnp.float8_e4m3fn}
 

@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mla_jax.cache import codec, quantisers
+from mla_jax.cache import codec
 from mla_jax.config import CACHE_TYPES, QUANTISED_CACHE_TYPES
+from mla_jax.quant import quantisers
 
 ROWS, WIDTH = 40, 192
 BLOCKS = [name for name in QUANTISED_CACHE_TYPES if name != "fp8_e4m3"]

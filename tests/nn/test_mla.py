@@ -207,9 +207,7 @@ def test_both_layouts_of_the_up_projection_are_equal(layer_input):
 @pytest.mark.parametrize("layout", ["kv_b", "k_b and v_b"])
 def test_quantised_weights_equal_their_decoded_selves(layout, layer_input):
     leaves = draw_layer(layout)
-    encode = lambda leaf: quant.QuantizedTensor(
-        blocks=jnp.asarray(quant.encode(np.ascontiguousarray(leaf), "q8_0")), format="q8_0"
-    )
+    encode = lambda leaf: jax.tree.map(jnp.asarray, quant.encode(leaf, "q8_0"))
     blocks = {name: leaf if leaf.ndim == 1 else encode(leaf) for name, leaf in leaves.items()}
     decoded = {name: quant.decode(leaf) for name, leaf in blocks.items()}
     out = _apply_layer(blocks, *layer_input)

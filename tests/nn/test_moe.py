@@ -212,8 +212,7 @@ def test_merged_gate_and_up_equal_them_apart():
 def test_quantised_experts_equal_their_decoded_selves(X, K, E):
     ids, experts, (x, weights) = _draw_ids("random", X, K, E), _draw_experts(E), _draw_tokens(X, K)
     blocks = {
-        name: quant.QuantizedTensor(blocks=jnp.asarray(quant.encode(weight, "q8_0")), format="q8_0")
-        for name, weight in experts.items()
+        name: jax.tree.map(jnp.asarray, quant.encode(weight, "q8_0")) for name, weight in experts.items()
     }
     decoded = jax.tree.map(quant.decode, blocks, is_leaf=lambda leaf: isinstance(leaf, quant.QuantizedTensor))
     out = _grouped_ffn(x, ids, weights, blocks, E)

@@ -45,5 +45,5 @@ def _values(leaf):
 
 def _like(leaf, values):
     if isinstance(leaf, quant.QuantizedTensor):
-        return quant.QuantizedTensor(blocks=quant.encode(values, leaf.format), format=leaf.format)
+        return quant.encode(values, leaf.format)
     return values.astype(leaf.dtype)

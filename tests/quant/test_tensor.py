@@ -12,7 +12,7 @@ from mla_jax.quant import FORMATS, QuantizedTensor, decode, encode, take_rows
 
 def _weight(shape, seed=0):
     values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    return QuantizedTensor(blocks=jnp.asarray(encode(values, "q8_0")), format="q8_0")
+    return jax.tree.map(jnp.asarray, encode(values, "q8_0"))
 
 
 def test_sizes_are_those_of_the_decoded_weight():
@@ -68,10 +68,7 @@ def test_decode_of_plain_arrays_and_other_types():
 @pytest.mark.parametrize("kind", ["q8_0", "f32", "f16", "bf16"])
 def test_take_rows_equals_numpy_indexing(kind):
     values = np.random.default_rng(0).standard_normal((7, 64), dtype=np.float32)
-    stored = encode(values, kind)
-    weight = (
-        QuantizedTensor(blocks=jnp.asarray(stored), format=kind) if kind == "q8_0" else jnp.asarray(stored)
-    )
+    weight = jax.tree.map(jnp.asarray, encode(values, kind))
     ids = np.array([[0, 6, 3], [6, 6, 1]], np.int32)
     rows = jax.jit(take_rows)(weight, jnp.asarray(ids))
     assert rows.dtype == jnp.float32

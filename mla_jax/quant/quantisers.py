@@ -1,4 +1,4 @@
-"""How a block of numbers becomes codes: the rules by which ik_llama.cpp fills a cache on the CPU.
+"""How a block of numbers becomes codes: the rules of ggml for weights, and of ik_llama.cpp for a cache.
 
 Each takes float32[..., blocks, n] and returns codes of the same shape, and scale and offset (None where the
 type has none) float32[..., blocks], still unrounded: codes are chosen by the unrounded scale. Codes of the
@@ -24,7 +24,8 @@ _MAX_MOVES = 1024  # no block comes near it; a bound in case rounding makes the 
 def q8_0(x):
     """Rounds to the nearest multiple of the largest magnitude / 127, ties to even."""
     largest = jnp.max(jnp.abs(x), axis=-1)
-    inverse = jnp.where(largest > 0, 127.0 / jnp.where(largest > 0, largest, 1.0), 0.0)
+    inverse = 127.0 / largest
+    inverse = jnp.where(jnp.isfinite(inverse), inverse, 0.0)  # of zeros, or numbers too small for a scale
     return jnp.rint(x * inverse[..., None]), _divide(largest, 127.0), None
 
 
