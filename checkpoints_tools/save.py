@@ -93,7 +93,7 @@ def _encode(name: str, weight: np.ndarray, weight_type: str) -> TensorData:
 def _tensor(name: str, leaf: jax.Array | QuantizedTensor, info: TensorInfo | None) -> TensorData:
     """Describes a parameter as a tensor; old files have some as matrices, with the same bytes."""
     if isinstance(leaf, QuantizedTensor):
-        ggml_type, data = quant.FORMATS[leaf.format].ggml_type, _rows(leaf)
+        ggml_type, data = quant.FORMATS[leaf.format].ggml_type, file_rows(leaf)
     elif leaf.dtype.name in _PLAIN_TYPES:
         ggml_type, data = _PLAIN_TYPES[leaf.dtype.name], leaf
     else:
@@ -104,8 +104,10 @@ def _tensor(name: str, leaf: jax.Array | QuantizedTensor, info: TensorInfo | Non
     return TensorData(name, info.shape if is_same_size else leaf.shape, ggml_type, data)
 
 
-def _rows(weight: QuantizedTensor) -> jax.Array | np.ndarray:
-    """Returns the bytes of a weight as the file has them, headers in front of their rows."""
+def file_rows(weight: jax.Array | np.ndarray | QuantizedTensor) -> jax.Array | np.ndarray:
+    """Returns an array whose bytes are those that a file has of a weight, headers in front of their rows."""
+    if not isinstance(weight, QuantizedTensor):
+        return weight
     if weight.header is None:
         return weight.blocks
     rows = np.asarray(weight.blocks).reshape(*weight.blocks.shape[:-2], -1)

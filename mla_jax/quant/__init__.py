@@ -1,8 +1,8 @@
 """Weights in GGUF block formats: the table of formats, the leaf that holds them, and products with them."""
 
-from mla_jax.quant.encode import encode
+from mla_jax.quant.encode import ENCODABLE, encode
 from mla_jax.quant.formats import FORMATS, Format
 from mla_jax.quant.matmul import matmul
 from mla_jax.quant.tensor import QuantizedTensor, decode, take_rows
 
-__all__ = ["FORMATS", "Format", "QuantizedTensor", "decode", "encode", "matmul", "take_rows"]
+__all__ = ["ENCODABLE", "FORMATS", "Format", "QuantizedTensor", "decode", "encode", "matmul", "take_rows"]

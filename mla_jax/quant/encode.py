@@ -19,6 +19,8 @@ _PLAIN = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 # Each takes float32[n, block_size] and importance of that shape or None, and returns uint8[n, block_bytes].
 _ENCODERS: dict[str, Callable] = {"q8_0": encode_legacy.encode_q8_0}
 
+ENCODABLE = (*_PLAIN, *_ENCODERS)  # names of the types that `encode` writes
+
 _HALVES = {"q8_0": (0,)}  # where a block has float16 scales, which may overflow
 
 
@@ -43,8 +45,8 @@ def encode(
     """
     if array.dtype != np.float32:
         raise ValueError(f"array must be float32, got {array.dtype}.")
-    if name not in (*_PLAIN, *_ENCODERS):
-        raise ValueError(f"name must be one of {', '.join((*_PLAIN, *_ENCODERS))}, got {name!r}.")
+    if name not in ENCODABLE:
+        raise ValueError(f"name must be one of {', '.join(ENCODABLE)}, got {name!r}.")
     values = np.asarray(array)
     if name in _PLAIN:
         with np.errstate(over="ignore"):
