@@ -1,18 +1,27 @@
 """Every tensor type of ggml and ik_llama.cpp, so that those that cannot be decoded here can be named."""
 
+import re
 from typing import NamedTuple
+
+_GROUP = re.compile(r"_r(\d+)$|_(\d+)x\d+$")
 
 
 class GGMLType(NamedTuple):
     """Layout of one type: a row is `row_header` bytes, then its blocks.
 
-    Rows that are interleaved in groups (names ending in _r4, _r8, _r16) take as many bytes on average.
+    Rows that are interleaved in groups (names ending in _r4, _r8, _r16, _4x8) take as many bytes on average.
     """
 
     name: str
     block_size: int  # weights in a block
     block_bytes: int
     row_header: int = 0
+
+    @property
+    def rows_per_group(self) -> int:
+        """Number of rows that are interleaved; a matrix has a multiple of it. 1 for most types."""
+        match = _GROUP.search(self.name)
+        return int(match[1] or match[2]) if match else 1
 
     def row_bytes(self, row_size: int) -> int:
         """Returns the bytes of a row of `row_size` weights, which must be a multiple of `block_size`."""

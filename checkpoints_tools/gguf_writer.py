@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints_tools.ggml_types import TYPES
-from checkpoints_tools.gguf_file import MAGIC, alignment_of
+from checkpoints_tools.gguf_header import MAGIC, alignment_of
 from checkpoints_tools.gguf_metadata import Metadata
 
 _VERSION = 3

@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from checkpoints_tools.gguf_file import GGUFError
+from checkpoints_tools.gguf_header import GGUFError, shown
 from checkpoints_tools.gguf_metadata import Field
 from mla_jax.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from mla_jax.tokenizer import Vocabulary
 
 ARCHITECTURE = "deepseek2"
 NEW_FILE_ALIGNMENT = 64  # tensors of such a file can be used where they lie
@@ -18,6 +19,19 @@ _MAX_SIZE = 1 << 24
 _MAX_LAYERS = 1 << 12
 _MAX_CONTEXT = (1 << 31) - 1
 _REQUIRED = object()
+_KEYS_OF_FIELDS = {  # whose ranges the configs themselves check
+    "norm_epsilon": "attention.layer_norm_rms_epsilon",
+    "qk_rope_head_dim": "rope.dimension_count",
+    "num_groups": "expert_group_count",
+    "num_experts_per_token": "expert_used_count",
+    "weights_scale": "expert_weights_scale",
+    "base": "rope.freq_base",
+    "factor": "rope.scaling.factor",
+    "attention_factor": "rope.scaling.attn_factor",
+    "yarn_log_multiplier": "rope.scaling.yarn_log_multiplier",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
 
 
 def model_config(
@@ -42,7 +56,7 @@ def model_config(
     architecture = metadata.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise GGUFError(
-            f"{path}: key 'general.architecture' is {_short(architecture)}, supported is {ARCHITECTURE!r}."
+            f"{path}: key 'general.architecture' is {shown(architecture)}, supported is {ARCHITECTURE!r}."
         )
     keys = _Keys(metadata, path)
     names = set(tensor_names)
@@ -50,8 +64,35 @@ def model_config(
         return _model_config(keys, names)
     except GGUFError:
         raise
-    except ValueError as error:  # from the checks of the configs themselves
+    except ValueError as error:  # of a config, and it begins with the name of the field
+        key = _KEYS_OF_FIELDS[str(error).split()[0]]
+        raise GGUFError(f"{path}: key '{ARCHITECTURE}.{key}': {error}") from None
+
+
+def vocabulary(metadata: Mapping[str, Any], config: ModelConfig, path: str = "metadata") -> Vocabulary:
+    """Reads the vocabulary of a model from the key-values of its file.
+
+    Args:
+      metadata: key -> plain value.
+      config: the model; its embedding has a row for each token.
+      path: the file, for messages.
+
+    Returns:
+      The vocabulary.
+
+    Raises:
+      GGUFError: if there is none, or it cannot be used.
+    """
+    try:
+        found = Vocabulary.from_metadata(metadata)
+    except ValueError as error:
         raise GGUFError(f"{path}: {error}") from None
+    if len(found.tokens) != config.vocab_size:
+        raise GGUFError(
+            f"{path}: key 'tokenizer.ggml.tokens' must have the {config.vocab_size} tokens of the embedding, "
+            f"got {len(found.tokens)}."
+        )
+    return found
 
 
 def metadata(config: ModelConfig) -> dict[str, Any]:
@@ -138,7 +179,7 @@ class _Keys:
 
     def _checked(self, key: str, value: Any, low: int, high: int) -> int:
         if type(value) is not int or not low <= value <= high:
-            raise self.fail(key, f"must be an integer in [{low}, {high}], got {_short(value)}")
+            raise self.fail(key, f"must be an integer in [{low}, {high}], got {shown(value)}")
         return value
 
     def per_layer(self, key: str, layers: range, num_blocks: int, default: Any = _REQUIRED) -> int:
@@ -156,19 +197,19 @@ class _Keys:
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         value = self._get(key, default)
         if type(value) not in (int, float) or not math.isfinite(value):
-            raise self.fail(key, f"must be a finite number, got {_short(value)}")
+            raise self.fail(key, f"must be a finite number, got {shown(value)}")
         return float(value)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
         value = self._get(key, default)
         if type(value) is not bool:
-            raise self.fail(key, f"must be a bool, got {_short(value)}")
+            raise self.fail(key, f"must be a bool, got {shown(value)}")
         return value
 
     def text(self, key: str, default: Any = _REQUIRED) -> str:
         value = self._get(key, default)
         if type(value) is not str:
-            raise self.fail(key, f"must be a string, got {_short(value)}")
+            raise self.fail(key, f"must be a string, got {shown(value)}")
         return value
 
 
@@ -206,7 +247,7 @@ def _model_config(keys: _Keys, names: set[str]) -> ModelConfig:
 def _vocab_size(keys: _Keys) -> int:
     tokens = keys.values.get("tokenizer.ggml.tokens")
     if tokens is not None and not isinstance(tokens, list):
-        raise GGUFError(f"{keys.path}: key 'tokenizer.ggml.tokens' must be an array, got {_short(tokens)}.")
+        raise GGUFError(f"{keys.path}: key 'tokenizer.ggml.tokens' must be an array, got {shown(tokens)}.")
     vocab_size = keys.integer("vocab_size", len(tokens) if tokens else _REQUIRED)
     if tokens and len(tokens) > vocab_size:
         raise keys.fail(
@@ -280,7 +321,7 @@ def _rope_config(keys: _Keys, context_length: int) -> RopeConfig:
     factor = keys.number("rope.scaling.factor", 0) or keys.number("rope.scale_linear", 0) or 1.0
     scaling = keys.text("rope.scaling.type", "linear")
     if scaling not in ("none", "linear", "yarn"):
-        raise keys.fail("rope.scaling.type", f"must be none, linear or yarn, got {_short(scaling)}")
+        raise keys.fail("rope.scaling.type", f"must be none, linear or yarn, got {shown(scaling)}")
     if scaling == "linear" and factor == 1:
         scaling = "none"
     is_yarn = scaling == "yarn"
@@ -296,8 +337,3 @@ def _rope_config(keys: _Keys, context_length: int) -> RopeConfig:
         beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0) if is_yarn else 1.0,
         attention_factor=keys.number("rope.scaling.attn_factor", 1.0),
     )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

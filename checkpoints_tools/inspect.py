@@ -93,7 +93,7 @@ def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
 
 
 def _keys(file: GGUFFile) -> str:
-    rows = [(_plain(key), field.type_name, _show(field)) for key, field in file.metadata.fields.items()]
+    rows = [(_short(key), field.type_name, _show(field)) for key, field in file.metadata.fields.items()]
     return columns([("key", "type", "value"), *rows])
 
 

@@ -2,7 +2,12 @@
 
 import dataclasses
 import enum
-import math
+
+# Far beyond any published model, and still nothing that is computed from them overflows float32.
+_MAX_FACTOR = 1e3  # of scores and of what experts add
+_MAX_ROPE_BASE = 1e12
+_MAX_ROPE_RATIO = 1e6  # of context lengths, and of YaRN's turns; 1 / this is the least
+_MIN_EPSILON = 1e-30
 
 
 class MLAMode(enum.IntEnum):
@@ -77,11 +82,8 @@ class MoEConfig:
                 f"num_experts_per_token must be at most the experts of the used groups, "
                 f"got {self.num_experts_per_token} of {self.num_experts}."
             )
-        if not 0 < self.weights_scale < math.inf:
-            raise ValueError(f"weights_scale must be positive and finite, got {self.weights_scale}.")
-
-
-_MAX_FACTOR = 1e3  # of scores: published models stay below 10, and what overflows float32 is no model
+        if not 0 < self.weights_scale <= _MAX_FACTOR:
+            raise ValueError(f"weights_scale must be in (0, {_MAX_FACTOR:g}], got {self.weights_scale}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,10 +104,12 @@ class RopeConfig:
     def __post_init__(self):
         if self.scaling not in ("none", "linear", "yarn"):
             raise ValueError(f"scaling must be 'none', 'linear' or 'yarn', got {self.scaling!r}.")
-        if not 1 < self.base < math.inf:
-            raise ValueError(f"base must be finite and above 1, got {self.base}.")
-        if not 0 < self.factor < math.inf:
-            raise ValueError(f"factor must be positive and finite, got {self.factor}.")
+        if not 1 < self.base <= _MAX_ROPE_BASE:
+            raise ValueError(f"base must be in (1, {_MAX_ROPE_BASE:g}], got {self.base}.")
+        for name in ("factor", "beta_fast", "beta_slow"):
+            if not 1 / _MAX_ROPE_RATIO <= getattr(self, name) <= _MAX_ROPE_RATIO:
+                low, high = 1 / _MAX_ROPE_RATIO, _MAX_ROPE_RATIO
+                raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {getattr(self, name)}.")
         if not 0 < self.attention_factor <= _MAX_FACTOR:
             raise ValueError(
                 f"attention_factor must be in (0, {_MAX_FACTOR:g}], got {self.attention_factor}."
@@ -114,8 +118,8 @@ class RopeConfig:
             raise ValueError(
                 f"yarn_log_multiplier must be in [0, {_MAX_FACTOR:g}], got {self.yarn_log_multiplier}."
             )
-        if not 0 < self.beta_slow <= self.beta_fast < math.inf:
-            raise ValueError(f"beta_slow must be in (0, beta_fast = {self.beta_fast}], got {self.beta_slow}.")
+        if self.beta_slow > self.beta_fast:
+            raise ValueError(f"beta_slow must be at most beta_fast = {self.beta_fast}, got {self.beta_slow}.")
         if self.scaling == "yarn" and self.original_context_length <= 0:
             raise ValueError(
                 f"original_context_length must be positive with YaRN, got {self.original_context_length}."
@@ -147,8 +151,8 @@ class ModelConfig:
             _require_positive(self, "dense_hidden_dim")
         if self.moe is None and self.num_dense_layers < self.num_layers:
             raise ValueError("moe must be given when some layers are not dense, got None.")
-        if not 0 < self.norm_epsilon < 1:
-            raise ValueError(f"norm_epsilon must be in (0, 1), got {self.norm_epsilon}.")
+        if not _MIN_EPSILON <= self.norm_epsilon < 1:
+            raise ValueError(f"norm_epsilon must be in [{_MIN_EPSILON:g}, 1), got {self.norm_epsilon}.")
 
     def is_dense(self, layer: int) -> bool:
         """Whether the FFN of `layer` is one wide FFN and not a mixture of experts."""

@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 
 import checkpoints_tools
+from checkpoints_tools import hparams
 from mla_jax import cache as cache_lib
 from mla_jax import chat, sampler, steps, tokenizer
 from mla_jax import expert_reduction as reduction_lib
@@ -366,7 +367,7 @@ def load(
     checkpoint = checkpoints_tools.load_gguf(path, progress=progress)
     limit = checkpoint.config.context_length
     size = min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)
-    vocabulary = tokenizer.Vocabulary.from_metadata(checkpoint.metadata)
+    vocabulary = hparams.vocabulary(checkpoint.metadata, checkpoint.config, checkpoint.path)
     model = Model(checkpoint.params, checkpoint.config, vocabulary, run=run, ctx_size=size, ubatch=ubatch)
     model.expert_reduction = reduction_lib.per_layer(model.config, expert_reduction)
     return model

@@ -20,6 +20,7 @@ from mla_jax import pretokenize
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+_TOKEN_TYPES = frozenset(range(7))  # 0 is undefined, 6 a byte; both are taken as normal
 
 _PREFIX = "tokenizer.ggml."
 _ID_KEYS = {  # field of Vocabulary: key of the file
@@ -76,7 +77,9 @@ class Vocabulary:
                 f"got {len(self.token_types)}."
             )
         if self.pre not in pretokenize.NAMES:
-            raise ValueError(f"{_PREFIX}pre must be one of {', '.join(pretokenize.NAMES)}, got {self.pre!r}.")
+            raise ValueError(
+                f"{_PREFIX}pre must be one of {', '.join(pretokenize.NAMES)}, got {self.pre!r:.60}."
+            )
         for field, key in _ID_KEYS.items():
             token_id = getattr(self, field)
             if token_id is not None and not 0 <= token_id < len(self.tokens):
@@ -84,6 +87,10 @@ class Vocabulary:
         for flag, field in (("add_bos", "bos_id"), ("add_eos", "eos_id")):
             if getattr(self, flag) and getattr(self, field) is None:
                 raise ValueError(f"{_PREFIX}{_ID_KEYS[field]} must be given when {flag}_token is true.")
+        for index, kind in enumerate(self.token_types):
+            if kind not in _TOKEN_TYPES:
+                raise ValueError(f"{_PREFIX}token_type[{index}] must be in [0, 6], got {kind}.")
+        _check_tokens_and_merges(self.tokens, self.merges)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "Vocabulary":
@@ -99,14 +106,14 @@ class Vocabulary:
         """
         model = _text(metadata, "model", required=True)
         if model != "gpt2":
-            raise ValueError(f"{_PREFIX}model must be 'gpt2' (byte-level BPE), got {model!r}.")
+            raise ValueError(f"{_PREFIX}model must be 'gpt2' (byte-level BPE), got {model!r:.60}.")
         pre = _text(metadata, "pre") or "default"
         tokens = _texts(metadata, "tokens")
         types = metadata.get(f"{_PREFIX}token_type")
         if f"{_PREFIX}merges" in metadata:
             merges = tuple(_merge(index, entry) for index, entry in enumerate(_texts(metadata, "merges")))
         elif pre == "kimi-k2":
-            merges = _merges_by_rank(tokens)
+            merges = merges_by_rank(tokens)
         else:
             raise ValueError(f"{_PREFIX}merges is missing; only kimi-k2 vocabularies work without it.")
         return cls(
@@ -132,9 +139,6 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary):
         ids = {token: index for index, token in enumerate(vocabulary.tokens)}
-        if len(ids) != len(vocabulary.tokens):
-            (token, count), *_ = collections.Counter(vocabulary.tokens).most_common(1)
-            raise ValueError(f"{_PREFIX}tokens must differ from each other, got {token!r} {count} times.")
         self.vocabulary = vocabulary
         self.eog_ids = frozenset(_eog_ids(vocabulary, ids))
         types = list(vocabulary.token_types)
@@ -145,8 +149,8 @@ class Tokenizer:
         special.sort(key=lambda index: -len(vocabulary.tokens[index].encode()))
         self._special = [(vocabulary.tokens[index], index) for index in special]
         self._user_defined = [entry for entry in self._special if types[entry[1]] == USER_DEFINED]
-        self._missing_bytes = frozenset(byte for byte, char in enumerate(_ALPHABET) if char not in ids)
-        self._bpe = tokenizers.Tokenizer(_bpe_model(ids, vocabulary.merges))
+        self._missing_bytes = frozenset(byte for byte, char in enumerate(BYTE_CHARACTERS) if char not in ids)
+        self._bpe = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=list(vocabulary.merges)))
         self._bpe.pre_tokenizer = pretokenize.pre_tokenizer(vocabulary.pre)
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
@@ -244,17 +248,21 @@ def _byte_alphabet():
     return [chr(byte if byte in seen else 0x100 + hidden.index(byte)) for byte in range(256)]
 
 
-_ALPHABET = _byte_alphabet()
-_BYTES = {char: bytes([byte]) for byte, char in enumerate(_ALPHABET)}
+BYTE_CHARACTERS = _byte_alphabet()  # how byte-level tokens are written: a character for each byte
+_BYTES = {char: bytes([byte]) for byte, char in enumerate(BYTE_CHARACTERS)}
 
 
-def _bpe_model(ids, merges):
+def _check_tokens_and_merges(tokens, merges):
+    known = set(tokens)
+    if len(known) != len(tokens):
+        (token, count), *_ = collections.Counter(tokens).most_common(1)
+        raise ValueError(f"{_PREFIX}tokens must differ from each other, got {token!r:.60} {count} times.")
     for index, (left, right) in enumerate(merges):  # the library would panic
-        if left not in ids or right not in ids or left + right not in ids:
+        if left not in known or right not in known or left + right not in known:
             raise ValueError(
-                f"{_PREFIX}merges[{index}] must join two tokens to a third, got {left!r} and {right!r}."
+                f"{_PREFIX}merges[{index}] must join two tokens to a third, "
+                f"got {left!r:.60} and {right!r:.60}."
             )
-    return models.BPE(vocab=ids, merges=list(merges))
 
 
 def _split(text: str, special: Sequence[tuple[str, int]]) -> list[str | int]:
@@ -288,16 +296,17 @@ def _eog_ids(vocabulary, ids):
             yield from [ids[text] for text in texts if text in ids][:1]
 
 
-def _merges_by_rank(tokens):
-    """Every pair of tokens that joins to a third, by the third's id: what tiktoken merges by.
+def merges_by_rank(tokens: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Returns every pair of tokens that joins to a third, by the third's id: what tiktoken merges by.
 
     Where several pairs join to one token, the order among them decides nothing but ties within a piece.
     """
-    known = set(tokens)
+    known, lengths = set(tokens), {len(token) for token in tokens}
     return tuple(
         (token[:cut], token[cut:])
         for token in tokens
         for cut in range(1, len(token))
+        if cut in lengths and len(token) - cut in lengths  # or a long token would take time with its square
         if token[:cut] in known and token[cut:] in known
     )
 
@@ -305,7 +314,9 @@ def _merges_by_rank(tokens):
 def _merge(index, entry):
     left, space, right = entry.partition(" ")
     if not (left and space and right) or " " in right:
-        raise ValueError(f"{_PREFIX}merges[{index}] must be two tokens with a space between, got {entry!r}.")
+        raise ValueError(
+            f"{_PREFIX}merges[{index}] must be two tokens with a space between, got {entry!r:.60}."
+        )
     return left, right
 
 
@@ -341,14 +352,23 @@ def _as_str(key, entry, index=None):
 
 def _integers(name, entries):
     try:
-        return tuple(operator.index(entry) for entry in entries)
+        return tuple(_integer(entry) for entry in entries)
     except TypeError:
         raise ValueError(f"{_PREFIX}{name} must be an array of integers, got {entries!r:.60}.") from None
 
 
+def _integer(entry):
+    if isinstance(entry, bool):
+        raise TypeError
+    return operator.index(entry)
+
+
 def _token_id(metadata, name):
     entry = metadata.get(_PREFIX + name)
-    return None if entry is None else _integers(name, [entry])[0]
+    try:
+        return None if entry is None else _integer(entry)
+    except TypeError:
+        raise ValueError(f"{_PREFIX}{name} must be an integer, got {entry!r:.60}.") from None
 
 
 def _flag(metadata, name):

@@ -70,7 +70,7 @@ CONTAINERS = {
     ),
     "huge string": (
         container([pair("k", 8, struct.pack("<Q", 2**63))]),
-        r"key 'k' needs \d+ bytes, \d+ are left",
+        "key 'k' has a string that ends after the file, of 128 bytes",
     ),
     "huge scalar array": (container([pair("k", 9, array(10, 2**61))]), f"key 'k', {2**61} elements, needs"),
     "huge string array": (container([pair("k", 9, array(8, 2**60))]), f"key 'k' declares {2**60} strings"),
@@ -198,7 +198,10 @@ MODELS = {
         {A + "attention.layer_norm_rms_epsilon": float("nan")},
         "must be a finite number, got nan",
     ),
-    "epsilon 0": ({A + "attention.layer_norm_rms_epsilon": 0.0}, r"norm_epsilon must be in \(0, 1\), got 0"),
+    "epsilon 0": (
+        {A + "attention.layer_norm_rms_epsilon": 0.0},
+        r"norm_epsilon must be in \[1e-30, 1\), got 0",
+    ),
     "no latent": ({A + "attention.kv_lora_rank": None}, "kv_lora_rank' is missing"),
     "wrong latent": (
         {A + "attention.kv_lora_rank": 64},
@@ -230,12 +233,12 @@ MODELS = {
         {A + "rope.dimension_count": 48},
         "dimension_count' must be below the key length 48",
     ),
-    "rope base 0": ({A + "rope.freq_base": 0.0}, "base must be finite and above 1, got 0.0"),
+    "rope base 0": ({A + "rope.freq_base": 0.0}, "freq_base': base must be in .* got 0.0"),
     "longrope": (
         {A + "rope.scaling.type": "longrope"},
         "scaling.type' must be none, linear or yarn, got 'longrope'",
     ),
-    "negative factor": ({A + "rope.scaling.factor": -4.0}, "factor must be positive and finite, got -4.0"),
+    "negative factor": ({A + "rope.scaling.factor": -4.0}, "scaling.factor': factor must be in .* got -4.0"),
     "gating 3": ({A + "expert_gating_func": 3}, r"got 3 \(softmax over the selected experts\)"),
     "gating 4": ({A + "expert_gating_func": 4}, r"got 4 \(square root of softplus\)"),
     "gating 9": ({A + "expert_gating_func": 9}, r"got 9 \(unknown\)"),
