@@ -1,37 +1,62 @@
 """Chooses the command, prints help, and turns every error into one sentence and exit code 2."""
 
+import contextlib
 import difflib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 from absl import flags as absl_flags
 
 from mla_jax.cli import argv as argv_lib
-from mla_jax.cli import commands
+from mla_jax.cli import commands, file_commands
 from mla_jax.cli import flags as flags_lib
 
-_COMMANDS: dict[str, tuple[Callable, str]] = {
-    "generate": (commands.generate, "continue a prompt"),
-    "chat": (commands.chat, "talk to a model, turn by turn"),
-    "inspect": (commands.inspect, "print what a GGUF file holds"),
-    "plan": (commands.plan, "print the memory of a model and its cache in every type"),
-    "ser-sweep": (commands.ser_sweep, "measure what dropping experts costs and saves"),
-    "train": (commands.train, "train the packaged model on Python's own sources"),
+
+class _Command(NamedTuple):
+    """What a command does: `run` takes its flags and returns its exit code, None for 0."""
+
+    run: Callable[[absl_flags.FlagValues], int | None]
+    text: str
+    positionals: tuple[str, ...] = ()  # flags that may be given without their names
+
+
+_COMMANDS = {
+    "generate": _Command(commands.generate, "continue a prompt"),
+    "chat": _Command(commands.chat, "talk to a model, turn by turn"),
+    "inspect": _Command(file_commands.inspect, "print what a GGUF file holds", ("model",)),
+    "plan": _Command(
+        file_commands.plan, "print the memory of a model and its cache in every type", ("model",)
+    ),
+    "check": _Command(
+        file_commands.check, "read a whole GGUF file and say what is wrong with it", ("model",)
+    ),
+    "quantize": _Command(
+        file_commands.quantize, "write a GGUF file with its weights in another type", ("input", "out", "type")
+    ),
+    "ser-sweep": _Command(commands.ser_sweep, "measure what dropping experts costs and saves", ("model",)),
+    "train": _Command(commands.train, "train the packaged model on Python's own sources"),
 }
 
-
-_TAKE_A_FILE = ("inspect", "plan", "ser-sweep")  # may be given the model without --model
 _LONGEST_CHOICES = 24  # characters; a longer list is told in the text of its flag
-_VALUE_NAMES = {"int": "N", "float": "X", "string": "TEXT"}
+_VALUE_NAMES = {"int": "N", "float": "X", "string": "TEXT", "multi string": "TEXT"}
+_TERMINATED = 128 + signal.SIGTERM
+
+
+class _Terminated(BaseException):
+    """The process was asked to end: files that are not whole yet are to be removed on the way out."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs `mla-jax ARGS` and returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Runs `mla-jax ARGS` and returns its exit code: 0, 2 for bad input, 130 or 143 when interrupted."""
     args = list(sys.argv[1:] if args is None else args)
     try:
-        return _run(args)
+        with _raising_on_sigterm():
+            return _run(args)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -43,6 +68,25 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except _Terminated:
+        return _TERMINATED
+
+
+@contextlib.contextmanager
+def _raising_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM unwind the stack; it would end the process at once otherwise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # other threads must not set handlers
+        return
+
+    def stop(number, frame):
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _sentence(error):
@@ -62,21 +106,26 @@ def _run(args):
         nearest = difflib.get_close_matches(name, _COMMANDS, n=1)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
         raise argv_lib.UsageError(f"the command must be one of {', '.join(_COMMANDS)}, got {name!r}.{hint}")
-    values = flags_lib.command_flags(name)
-    positional = "model" if name in _TAKE_A_FILE else None
+    command, values = _COMMANDS[name], flags_lib.command_flags(name)
     argv_lib.parse(
-        args[1:], values, aliases=flags_lib.ALIASES, refused=flags_lib.REFUSED, positional=positional
+        args[1:],
+        values,
+        aliases=flags_lib.ALIASES,
+        refused=flags_lib.REFUSED,
+        positionals=command.positionals,
     )
     if values.help:
         print(_help(name, values))
         return 0
-    _COMMANDS[name][0](values)
-    return 0
+    for place in command.positionals:
+        if values[place].value is None:
+            raise argv_lib.UsageError(f"{place.upper()} must be given: {_usage(name, values)}.")
+    return command.run(values) or 0
 
 
 def _overview():
     lines = ["usage: mla-jax COMMAND [FLAGS]", ""]
-    lines += [f"  {name:<10} {text}" for name, (_, text) in _COMMANDS.items()]
+    lines += [f"  {name:<10} {command.text}" for name, command in _COMMANDS.items()]
     lines += ["", "`mla-jax COMMAND --help` lists the flags of a command.", ""]
     return "\n".join([*lines, "example: mla-jax generate -p 'def read_lines(path):' -n 64"])
 
@@ -85,8 +134,15 @@ def _help(name, values: absl_flags.FlagValues):
     short = {flag: alias for alias, flag in flags_lib.ALIASES.items() if len(alias) < 4}
     rows = [_help_row(values[flag], short.get(flag)) for flag in values]
     width = max(len(spelling) for spelling, _ in rows)
-    lines = [f"usage: mla-jax {name} [FLAGS]: {_COMMANDS[name][1]}", ""]
+    lines = [f"usage: {_usage(name, values)}: {_COMMANDS[name].text}", ""]
     return "\n".join(lines + [f"  {spelling:<{width}}  {text}" for spelling, text in rows])
+
+
+def _usage(name, values):
+    places = [
+        p.upper() if values[p].default is None else f"[{p.upper()}]" for p in _COMMANDS[name].positionals
+    ]
+    return " ".join(["mla-jax", name, *places, "[FLAGS]"])
 
 
 def _help_row(flag, short):
@@ -97,7 +153,7 @@ def _help_row(flag, short):
     else:
         choices = "|".join(getattr(flag.parser, "enum_values", None) or [_VALUE_NAMES[flag.flag_type()]])
         spelling += f" {choices if len(choices) < _LONGEST_CHOICES else 'NAME'}"
-    is_told = flag.default is None or flag.boolean or flag.name == "model"
-    text = flag.help.split(">: ")[-1]  # absl puts the choices first
+    is_told = flag.default in (None, []) or flag.boolean or flag.name == "model"
+    text = flag.help.split(">: ")[-1].partition(";\n")[0]  # absl puts choices first, and repetition last
     letters = f"-{short}," if short else ""
     return f"{letters:<6}{spelling}", text if is_told else f"{text} [{flag.default}]"

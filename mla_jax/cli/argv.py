@@ -19,7 +19,7 @@ def parse(
     *,
     aliases: Mapping[str, str],
     refused: Mapping[str, str],
-    positional: str | None = None,
+    positionals: Sequence[str] = (),
 ) -> None:
     """Parses `args` into `values`.
 
@@ -28,15 +28,17 @@ def parse(
       values: the flags that the command takes.
       aliases: other spelling -> name of the flag, without dashes and with underscores.
       refused: "flag" or "flag=value" of the reference that does nothing here yet -> why.
-      positional: the flag that a first argument belongs to if it is none itself.
+      positionals: the flags that arguments belong to that are none themselves, in this order.
 
     Raises:
-      UsageError: for a positional argument, an unknown or refused flag, or a value that a flag cannot take.
+      UsageError: for an argument too many, an unknown or refused flag, or a value that a flag cannot take.
     """
-    rest = list(args)
-    if positional and rest and not rest[0].startswith("-"):
-        _set(positional, values[positional], rest.pop(0))
+    rest, places = list(args), list(positionals)
     while rest:
+        if places and not rest[0].startswith("-"):
+            place = places.pop(0)
+            _set(place.upper(), values[place], rest.pop(0))
+            continue
         written, has_value, value = rest.pop(0).partition("=")
         if not written.startswith("-") or written.strip("-") == "":
             hint = _nearest(written, values, aliases) or " A value with spaces in it needs quotes."

@@ -18,9 +18,9 @@ from mla_jax import expert_reduction as reduction_lib
 from mla_jax import generate as generate_lib
 from mla_jax import ser_sweep as sweep_lib
 from mla_jax.cache import bytes_per_token
-from mla_jax.cli import expert_stats
+from mla_jax.cli import expert_stats, paths
 from mla_jax.cli.argv import UsageError
-from mla_jax.config import MLAMode, RunConfig
+from mla_jax.config import MLAMode
 
 
 def generate(values):
@@ -71,17 +71,6 @@ def chat(values):
         messages.append({"role": "assistant", "content": "".join(piece.text for piece in drawn)})
 
 
-def inspect(values):
-    """Prints metadata and tensors of a GGUF file, of any architecture."""
-    _write(checkpoints_tools.describe(values.model) + "\n")
-
-
-def plan(values):
-    """Prints what a model and its cache take in memory, without loading it."""
-    run = RunConfig(mla=int(values.mla), cache_type_rope=values.cache_type_rope)
-    _write(checkpoints_tools.plan(values.model, ctx_size=values.ctx_size, run=run) + "\n")
-
-
 def ser_sweep(values):
     """Prints perplexity, kept experts and speed for a grid of expert reductions."""
     if values.smart_expert_reduction or values.ser_layers:
@@ -115,9 +104,7 @@ def train(values):
     """Trains the packaged model's architecture on the standard library and writes it as Q8_0 GGUF."""
     if values.out is None:
         raise UsageError("--out must be given: the GGUF file to write.")
-    out = pathlib.Path(values.out)
-    if not out.parent.is_dir() or out.is_dir():
-        raise UsageError(f"--out must be a file in a folder that exists, got {values.out!r}.")
+    out = paths.output_file("--out", values.out)
     from mla_jax import train as train_lib  # orbax takes half a second to import: not for other commands
 
     defaults, tenth = train_lib.TrainConfig(), values.steps // 10
@@ -199,12 +186,7 @@ def _prompt_cache(values):
         return None
     if values.prompt_cache_all and values.prompt_cache_ro:
         raise UsageError("--prompt-cache-all writes the file, so it must not come with --prompt-cache-ro.")
-    path = pathlib.Path(values.prompt_cache)
-    if not path.parent.is_dir() or path.is_dir():
-        raise UsageError(
-            f"--prompt-cache must be a file in a folder that exists, got {values.prompt_cache!r}."
-        )
-    return path
+    return paths.output_file("--prompt-cache", values.prompt_cache)
 
 
 def _keeping(pieces, model, path, num_tokens):

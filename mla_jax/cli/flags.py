@@ -49,6 +49,7 @@ ALIASES = {
     "no_fmoe": "no_fused_moe",
     "muge": "merge_up_gate_experts",
     "gr": "graph_reuse",
+    "custom_q": "custom",
 }
 
 _NOT_YET = "it has no effect in this version."
@@ -221,11 +222,34 @@ def _train(values):
     )
 
 
+def _quantize(own):
+    flags.DEFINE_string("input", None, "GGUF file to read, or the first part of a split one.", **own)
+    flags.DEFINE_string("out", None, "GGUF file to write; it may be INPUT.", **own)
+    flags.DEFINE_string("type", None, "Q8_0, Q4_K, ...; in any case, or Q4_K_M and the like.", **own)
+    flags.DEFINE_multi_string(
+        "custom",
+        [],
+        "REGEX=TYPE, ...: types by name of tensor; may be repeated.",
+        **own,
+    )
+    flags.DEFINE_string("output_tensor_type", None, "type of output.weight.", **own)
+    flags.DEFINE_string("token_embedding_type", None, "type of token_embd.weight.", **own)
+    flags.DEFINE_string("imatrix", None, "file of what columns matter, for types of few bits.", **own)
+    flags.DEFINE_boolean("allow_requantize", False, "encode anew what is quantised already.", **own)
+    _dry_run(own)
+
+
+def _dry_run(own):
+    flags.DEFINE_boolean("dry_run", False, "print what would be written, and write nothing.", **own)
+
+
 def command_flags(command: str) -> flags.FlagValues:
     """Returns the flags of `command` at their defaults, in the order that help shows."""
     values = flags.FlagValues()
     if command == "train":
         _train(values)
+    elif command == "quantize":
+        _quantize(dict(flag_values=values))
     else:
         _model(values)
     if command == "generate":

@@ -189,7 +189,8 @@ def test_a_refused_flag_is_never_suggested():
 
 
 def test_every_alias_leads_somewhere():
-    known = {flag for command in ("generate", "chat", "train") for flag in flags_lib.command_flags(command)}
+    commands = ("generate", "chat", "train", "quantize")
+    known = {flag for command in commands for flag in flags_lib.command_flags(command)}
     refused = {key.partition("=")[0] for key in flags_lib.REFUSED}
     assert set(flags_lib.ALIASES.values()) <= known | refused
     assert not {key for key in flags_lib.REFUSED if "=" not in key} & known
@@ -200,3 +201,25 @@ def test_the_other_commands_have_flags_of_their_own():
     assert refusal("-p", "x", command="chat").startswith("there is no flag -p.")
     assert parse("-sys", "You are brief.", command="chat").system_prompt == "You are brief."
     assert parse("--steps", "7", command="train").steps == 7
+
+
+@pytest.mark.parametrize(
+    "args",
+    ["in out q8_0", "in --dry-run out q8_0", "--dry-run in out q8_0", "--type q8_0 in out --dry-run"],
+)
+def test_places_are_filled_in_their_order_wherever_they_stand(args):
+    values = flags_lib.command_flags("quantize")
+    places = ("input", "out", "type")
+    argv.parse(args.split(), values, aliases=flags_lib.ALIASES, refused={}, positionals=places)
+    assert (values.input, values.out, values.type) == ("in", "out", "q8_0")
+
+
+def test_an_argument_too_many_is_refused():
+    values = flags_lib.command_flags("inspect")
+    with pytest.raises(argv.UsageError, match=r"every argument must belong to a flag, got 'b\.gguf'"):
+        argv.parse(["a.gguf", "b.gguf"], values, aliases={}, refused={}, positionals=("model",))
+
+
+def test_a_flag_that_may_be_repeated_collects_its_values():
+    values = parse("--custom", "a=q8_0", "--custom-q", "b=q4_0,c=f16", command="quantize")
+    assert values.custom == ["a=q8_0", "b=q4_0,c=f16"]

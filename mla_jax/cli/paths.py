@@ -1,0 +1,21 @@
+"""Files that a command line names for writing, checked before any work is done for them."""
+
+import pathlib
+
+from mla_jax.cli.argv import UsageError
+
+
+def output_file(written: str, value: str) -> pathlib.Path:
+    """Returns the path of a file to be written.
+
+    Args:
+      written: the flag as its user knows it, for the message.
+      value: its value.
+
+    Raises:
+      UsageError: if its folder does not exist, or something else than a file is there.
+    """
+    path = pathlib.Path(value)
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise UsageError(f"{written} must be a file in a folder that exists, got {value!r}.")
+    return path
