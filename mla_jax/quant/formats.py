@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from mla_jax.quant import k_quants, legacy
+from mla_jax.quant import bitnet, iqk_quants, k_quants, legacy, trellis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,5 +38,24 @@ FORMATS: dict[str, Format] = {
         Format("q8_0", 8, 32, 34, legacy.decode_q8_0),
         Format("q4_K", 12, 256, 144, k_quants.decode_q4_k),
         Format("q6_K", 14, 256, 210, k_quants.decode_q6_k),
+        Format("q6_0", 133, 32, 26, iqk_quants.decode_q6_0),
+        Format("iq1_bn", 134, 64, 13, bitnet.decode_iq1_bn, 2),
+        Format("iq2_bn", 135, 64, 16, bitnet.decode_iq2_bn, 4),
+        Format("iq2_k", 137, 256, 76, iqk_quants.decode_iq2_k),
+        Format("iq3_k", 138, 256, 110, iqk_quants.decode_iq3_k),
+        Format("iq4_k", 139, 256, 144, iqk_quants.decode_iq4_k),
+        Format("iq5_k", 140, 256, 176, iqk_quants.decode_iq5_k),
+        Format("iq6_k", 141, 256, 212, iqk_quants.decode_iq6_k),
+        Format("iq4_ks", 144, 256, 136, iqk_quants.decode_iq4_ks, 4),
+        Format("iq2_ks", 145, 256, 70, iqk_quants.decode_iq2_ks, 2),
+        Format("iq4_kss", 146, 256, 128, iqk_quants.decode_iq4_kss, 4),
+        Format("q8_KV", 151, 32, 32, iqk_quants.decode_q8_kv, 8),
+        Format("iq5_ks", 152, 256, 168, iqk_quants.decode_iq5_ks, 4),
+        Format("iq2_kt", 153, 256, 68, trellis.decode_iq2_kt, 4),
+        Format("iq3_kt", 154, 256, 100, trellis.decode_iq3_kt, 4),
+        Format("iq4_kt", 155, 256, 128, trellis.decode_iq4_kt, 4),
+        Format("iq3_ks", 156, 256, 102, iqk_quants.decode_iq3_ks, 2),
+        Format("iq2_kl", 157, 256, 86, iqk_quants.decode_iq2_kl, 2),
+        Format("iq1_kt", 158, 256, 56, trellis.decode_iq1_kt, 4),
     )
 }

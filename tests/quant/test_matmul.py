@@ -8,7 +8,7 @@ import pytest
 from mla_jax.quant import FORMATS, QuantizedTensor, decode, encode, matmul
 
 _SCALE_BYTES = {"q8_0": (0,), "q4_0": (0,), "q5_0": (0,), "q4_K": (0, 2), "q6_K": (208,)}
-_KINDS = ["f32", "f16", "bf16", *FORMATS]
+_KINDS = ["f32", "f16", "bf16", *_SCALE_BYTES]
 
 
 def _weight(kind, size_out=12, size_in=512):
