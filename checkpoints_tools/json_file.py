@@ -1,0 +1,76 @@
+"""Reads JSON objects from files that may be anything."""
+
+import json
+import os
+import stat
+from typing import Any
+
+from checkpoints_tools.gguf_file import GGUFError
+
+_MAX_BYTES = 1 << 28  # vocabularies and indices of published models stay below a tenth of that
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads the object that a JSON file holds.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The object, as `json` decodes it.
+
+    Raises:
+      GGUFError: if the file cannot be read, is too large, or holds no sound JSON object.
+    """
+    return parse_object(read_bytes(path), os.fspath(path))
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Reads a small file.
+
+    Raises:
+      GGUFError: if it cannot be read, is no regular file, or has more than 256 MiB.
+    """
+    path = os.fspath(path)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its other end
+            raise GGUFError(f"{path}: cannot be read: it must be a regular file.")
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise GGUFError(f"{path}: cannot be read: {error.strerror}.") from error
+    if len(data) > _MAX_BYTES:
+        raise GGUFError(f"{path}: must have at most {_MAX_BYTES} bytes, got more.")
+    return data
+
+
+def parse_object(text: bytes, what: str) -> dict[str, Any]:
+    """Decodes a JSON object; keys must differ.
+
+    Args:
+      text: UTF-8.
+      what: the file, for messages.
+
+    Raises:
+      GGUFError: if it is no sound JSON object.
+    """
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise GGUFError(f"{what}: must be a JSON object, got text that is not: {_sentence(error)}.") from None
+    if not isinstance(value, dict):
+        raise GGUFError(f"{what}: must be a JSON object, got a {type(value).__name__}.")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+        raise ValueError(f"key {twice!r:.80} is there twice")
+    return value
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).rstrip(".")
