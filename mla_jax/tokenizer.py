@@ -33,6 +33,7 @@ _ID_KEYS = {  # field of Vocabulary: key of the file
     "fim_sep_id": "fim_sep_token_id",
 }
 
+_MAX_JOINED = 32  # times the characters of all tokens; those of Kimi-K2 join to some 4 times theirs
 _TEXT_CHARS_UPPER = 1 << 21  # the expressions of a pre-tokenizer give up on longer runs of white space
 
 # Tokens that end a generation whatever the ids in the metadata say, by their text.
@@ -296,19 +297,28 @@ def _eog_ids(vocabulary, ids):
             yield from [ids[text] for text in texts if text in ids][:1]
 
 
-def merges_by_rank(tokens: Iterable[str]) -> tuple[tuple[str, str], ...]:
+def merges_by_rank(tokens: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Returns every pair of tokens that joins to a third, by the third's id: what tiktoken merges by.
 
     Where several pairs join to one token, the order among them decides nothing but ties within a piece.
     """
-    known, lengths = set(tokens), {len(token) for token in tokens}
-    return tuple(
-        (token[:cut], token[cut:])
-        for token in tokens
-        for cut in range(1, len(token))
-        if cut in lengths and len(token) - cut in lengths  # or a long token would take time with its square
-        if token[:cut] in known and token[cut:] in known
-    )
+    known, lengths = {token: token for token in tokens}, {len(token) for token in tokens}
+    limit = _MAX_JOINED * sum(map(len, tokens))
+    merges, num_joined = [], 0
+    for token in tokens:
+        for cut in range(1, len(token)):
+            if cut not in lengths or len(token) - cut not in lengths:
+                continue  # or a long token would take time with its square
+            left, right = known.get(token[:cut]), known.get(token[cut:])
+            if left is not None and right is not None:
+                merges.append((left, right))
+                num_joined += len(token)
+        if num_joined > limit:
+            raise ValueError(
+                f"{_PREFIX}merges must be given when tokens join in so many ways, got more than {limit} "
+                "characters of them."
+            )
+    return tuple(merges)
 
 
 def _merge(index, entry):
