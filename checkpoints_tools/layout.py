@@ -5,15 +5,27 @@ from collections.abc import Container, Iterator, Mapping
 
 from absl import logging
 
+from checkpoints_tools import interleave
 from checkpoints_tools.ggml_types import IDS, TYPES
 from checkpoints_tools.gguf_file import GGUFError, TensorInfo
 from mla_jax import quant
 from mla_jax.config import ModelConfig
 
 PLAIN_TYPES = tuple(IDS[name] for name in ("f32", "f16", "bf16"))
-BLOCK_TYPES = {entry.ggml_type: entry for entry in quant.FORMATS.values()}
 
 Shape = tuple[int, ...]
+
+
+def _format_names() -> dict[int, str]:
+    plain = {ggml_type: TYPES[ggml_type].name for ggml_type in PLAIN_TYPES}
+    formats = {entry.ggml_type: entry.name for entry in quant.FORMATS.values()}
+    bases = {IDS[name]: base.name for name, base in interleave.BASES.items()}
+    known = {*plain.values(), *formats.values()}
+    return plain | formats | {ggml_type: name for ggml_type, name in bases.items() if name in known}
+
+
+FORMAT_NAMES = _format_names()
+"""Types that can be decoded -> what their rows are in memory: a plain type, or a key of `quant.FORMATS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +88,12 @@ def check_type(info: TensorInfo) -> None:
     Raises:
       GGUFError: if they cannot.
     """
-    if info.ggml_type not in PLAIN_TYPES and info.ggml_type not in BLOCK_TYPES:
-        raise GGUFError(
-            f"{info.path}: tensor {info.name!r} has type {info.type_name} ({info.ggml_type}), "
-            "which cannot be decoded."
-        )
+    what = f"{info.path}: tensor {info.name!r} has type {info.type_name} ({info.ggml_type})"
+    if info.ggml_type not in FORMAT_NAMES:
+        raise GGUFError(f"{what}, which cannot be decoded.")
+    base = interleave.BASES.get(info.type_name)
+    if base is not None and info.shape[-1] % base.block_size:
+        raise GGUFError(f"{what}, so it must have rows of a multiple of {base.block_size}, got {info.shape}.")
 
 
 def _check_tensor(info: TensorInfo, shape: Shape) -> None:

@@ -10,16 +10,17 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from checkpoints_tools import layout, names
+from checkpoints_tools import interleave, layout, names
 from checkpoints_tools.ggml_types import TYPES
-from checkpoints_tools.gguf_file import GGUFFile, TensorInfo, open_gguf
+from checkpoints_tools.gguf_file import GGUFFile, TensorInfo, aligned_empty, open_gguf
 from checkpoints_tools.gguf_metadata import Metadata
-from checkpoints_tools.layout import BLOCK_TYPES
 from checkpoints_tools.model_file import check_model
 from checkpoints_tools.progress import Progress, ProgressLine
+from mla_jax import quant
 from mla_jax.config import ModelConfig
 from mla_jax.quant import QuantizedTensor
 
+_PIECE_BYTES = 1 << 24  # of interleaved tensors, which are taken apart in pieces to hold them once
 _PLAIN_DTYPES = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -117,16 +118,37 @@ def read_weight(
     stop_row = num_rows if stop_row is None else stop_row
     if not 0 <= start_row <= stop_row <= num_rows:
         raise ValueError(f"rows of {name!r} must be a range in [0, {num_rows}], got {start_row}:{stop_row}.")
-    row_bytes = TYPES[info.ggml_type].row_bytes(info.shape[-1] if info.shape else 1)
-    data = file.read(name, start_row * row_bytes, (stop_row - start_row) * row_bytes)
-    rows = data.reshape(stop_row - start_row, row_bytes)
-    entry = BLOCK_TYPES.get(info.ggml_type)
-    if entry is None:
-        return rows.view(_PLAIN_DTYPES[info.type_name])
+    read = _read_interleaved if info.type_name in interleave.BASES else _read_rows
+    rows = read(file, info, start_row, stop_row)
+    format_name = layout.FORMAT_NAMES[info.ggml_type]
+    if format_name in _PLAIN_DTYPES:
+        return rows.view(_PLAIN_DTYPES[format_name])
+    entry = quant.FORMATS[format_name]
     header = rows[:, : entry.header_bytes].copy() if entry.header_bytes else None
-    num_blocks = (row_bytes - entry.header_bytes) // entry.block_bytes
+    num_blocks = (rows.shape[1] - entry.header_bytes) // entry.block_bytes
     blocks = rows[:, entry.header_bytes :].reshape(len(rows), num_blocks, entry.block_bytes)
     return QuantizedTensor(blocks=blocks, header=header, format=entry.name)
+
+
+def _read_rows(file: GGUFFile, info: TensorInfo, start_row: int, stop_row: int) -> np.ndarray:
+    """Reads rows as uint8[rows, bytes of a row]."""
+    row_bytes = TYPES[info.ggml_type].row_bytes(info.shape[-1] if info.shape else 1)
+    data = file.read(info.name, start_row * row_bytes, (stop_row - start_row) * row_bytes)
+    return data.reshape(stop_row - start_row, row_bytes)
+
+
+def _read_interleaved(file: GGUFFile, info: TensorInfo, start_row: int, stop_row: int) -> np.ndarray:
+    """Reads the groups that have the rows, and returns the rows in the base format as `_read_rows` does."""
+    base, row_size = interleave.BASES[info.type_name], info.shape[-1]
+    row_bytes = base.row_bytes(row_size)
+    rows = aligned_empty((stop_row - start_row) * row_bytes).reshape(stop_row - start_row, row_bytes)
+    step = max(1, _PIECE_BYTES // (row_bytes * base.rows)) * base.rows
+    for first in range(start_row // base.rows * base.rows, stop_row, step):
+        last = min(first + step, -(-stop_row // base.rows) * base.rows)
+        piece = interleave.deinterleave(info.type_name, _read_rows(file, info, first, last), row_size)
+        start, stop = max(first, start_row), min(last, stop_row)
+        rows[start - start_row : stop - start_row] = piece[start - first : stop - first]
+    return rows
 
 
 def _on_device(matrix: np.ndarray | QuantizedTensor, shape: tuple[int, ...]) -> jax.Array | QuantizedTensor:

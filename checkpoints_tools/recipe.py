@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from checkpoints_tools.ggml_types import IDS, TYPES
 from checkpoints_tools.gguf_file import TensorInfo
-from checkpoints_tools.layout import BLOCK_TYPES, PLAIN_TYPES
+from checkpoints_tools.layout import FORMAT_NAMES
 from mla_jax import quant
 
 # Of more bits in half of the layers, as llama-quantize's mixtures have it for dense models.
@@ -91,9 +91,9 @@ class Recipe:
 
 def is_weight_matrix(info: TensorInfo) -> bool:
     """Whether a tensor is to be quantised: norms, routers, biases, vectors and integers are not."""
-    is_decodable = info.ggml_type in PLAIN_TYPES or info.ggml_type in BLOCK_TYPES
     is_matrix = len(info.shape) > 1 and info.name.endswith(".weight")
-    return is_matrix and is_decodable and "ffn_gate_inp" not in info.name and "_norm." not in info.name
+    is_kept = "ffn_gate_inp" in info.name or "_norm." in info.name
+    return is_matrix and info.ggml_type in FORMAT_NAMES and not is_kept
 
 
 def fitting(wanted: str, row_size: int) -> str:

@@ -1,14 +1,15 @@
 """`Checkpoint` -> GGUF file: loaded models byte by byte as they were, trained ones as new files."""
 
+import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from checkpoints_tools import hparams, layout, names
+from checkpoints_tools import hparams, interleave, layout, names
 from checkpoints_tools.ggml_types import IDS, TYPES
 from checkpoints_tools.gguf_file import TensorInfo
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
@@ -17,6 +18,7 @@ from mla_jax import quant
 from mla_jax.config import ModelConfig
 from mla_jax.quant import QuantizedTensor
 
+_PIECE_BYTES = 1 << 24  # of interleaved tensors, made one after another
 _PLAIN_TYPES = {"float32": IDS["f32"], "float16": IDS["f16"], "bfloat16": IDS["bf16"]}
 
 
@@ -91,17 +93,36 @@ def _encode(name: str, weight: np.ndarray, weight_type: str) -> TensorData:
 
 
 def _tensor(name: str, leaf: jax.Array | QuantizedTensor, info: TensorInfo | None) -> TensorData:
-    """Describes a parameter as a tensor; old files have some as matrices, with the same bytes."""
+    """Describes a parameter as a tensor, in the shape of the file and interleaved if it is so there."""
     if isinstance(leaf, QuantizedTensor):
-        ggml_type, data = quant.FORMATS[leaf.format].ggml_type, file_rows(leaf)
+        ggml_type = quant.FORMATS[leaf.format].ggml_type
     elif leaf.dtype.name in _PLAIN_TYPES:
-        ggml_type, data = _PLAIN_TYPES[leaf.dtype.name], leaf
+        ggml_type = _PLAIN_TYPES[leaf.dtype.name]
     else:
         raise ValueError(
             f"parameter {name!r} must be float32, float16, bfloat16 or blocks, got {leaf.dtype}."
         )
-    is_same_size = info is not None and math.prod(info.shape) == math.prod(leaf.shape)
-    return TensorData(name, info.shape if is_same_size else leaf.shape, ggml_type, data)
+    shape = leaf.shape
+    if info is not None and math.prod(info.shape) == math.prod(leaf.shape):
+        shape = info.shape  # old files have some as matrices, with the same bytes
+        is_of_file = layout.FORMAT_NAMES.get(info.ggml_type) == layout.FORMAT_NAMES[ggml_type]
+        ggml_type = info.ggml_type if is_of_file else ggml_type
+    type_name = TYPES[ggml_type].name
+    data = file_rows(leaf)
+    if type_name in interleave.BASES:
+        data = functools.partial(_interleaved, type_name, data, shape)
+    return TensorData(name, shape, ggml_type, data)
+
+
+def _interleaved(
+    type_name: str, rows: jax.Array | np.ndarray, shape: tuple[int, ...]
+) -> Iterator[np.ndarray]:
+    """Yields the bytes of a weight, given those of its rows, in pieces of whole groups."""
+    rows = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).reshape(math.prod(shape[:-1]), -1)
+    group_rows = interleave.BASES[type_name].rows
+    step = max(1, _PIECE_BYTES // (rows.shape[1] * group_rows)) * group_rows
+    for first in range(0, len(rows), step):
+        yield interleave.interleave(type_name, rows[first : first + step], shape[-1])
 
 
 def file_rows(weight: jax.Array | np.ndarray | QuantizedTensor) -> jax.Array | np.ndarray:
