@@ -87,7 +87,7 @@ def to_json(config: ModelConfig, *, num_nextn: int = 0) -> dict[str, Any]:
     Raises:
       ValueError: if neither architecture has such a model.
     """
-    mla, moe = config.mla, config.moe
+    mla, moe = config.mla, config.moe if config.num_dense_layers < config.num_layers else None
     is_v3 = moe is not None and moe.gating == "sigmoid"
     name = "DeepseekV3" if is_v3 else "DeepseekV2"
     return {

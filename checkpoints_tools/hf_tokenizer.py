@@ -188,8 +188,11 @@ def _from_tiktoken(source: _Source, vocab_size: int) -> dict[str, Any]:
     for token_id in range(len(base), min(len(base) + _NUM_RESERVED, vocab_size)):
         if token_id not in tokens.texts:
             tokens.add(token_id, f"<|reserved_token_{token_id}|>", CONTROL)
-    merges = [" ".join(pair) for pair in tokenizer_lib.merges_by_rank(base)]
-    return {**tokens.metadata("kimi-k2", merges), **_add_flags(source, False)}
+    try:
+        merges = tokenizer_lib.merges_by_rank(base)
+    except ValueError as error:
+        raise GGUFError(f"{source.path(name)}: {error}") from None
+    return {**tokens.metadata("kimi-k2", [" ".join(pair) for pair in merges]), **_add_flags(source, False)}
 
 
 class _Tokens:

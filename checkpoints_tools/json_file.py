@@ -36,12 +36,12 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its other end
             raise GGUFError(f"{path}: cannot be read: it must be a regular file.")
         with open(path, "rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+            if size > _MAX_BYTES:
+                raise GGUFError(f"{path}: must have at most {_MAX_BYTES} bytes, got {size}.")
+            return file.read(size)
     except OSError as error:
         raise GGUFError(f"{path}: cannot be read: {error.strerror}.") from error
-    if len(data) > _MAX_BYTES:
-        raise GGUFError(f"{path}: must have at most {_MAX_BYTES} bytes, got more.")
-    return data
 
 
 def parse_object(text: bytes, what: str) -> dict[str, Any]:

@@ -300,6 +300,10 @@ BAD = {
     "ranks in disorder": (_ranks(b"YQ== 0\nYg== 2\n"), "line 2 must be base64 of bytes and the rank 1"),
     "ranks without a rank": (_ranks(b"YQ==\n"), "line 1 must be base64"),
     "a rank of nothing": (_ranks(b" 0\n"), "line 1 must be base64"),
+    "ranks that join in too many ways": (
+        _ranks(b"".join(base64.b64encode(b"a" * (rank + 1)) + b" %d\n" % rank for rank in range(200))),
+        "merges must be given",
+    ),
     "bytes twice": (_ranks(b"YQ== 0\nYQ== 1\n"), "must differ from each other"),
 }
 
