@@ -11,7 +11,8 @@ import numpy as np
 from checkpoints_tools import hparams
 from checkpoints_tools.ggml_types import TYPES
 from checkpoints_tools.gguf_file import GGUFError, GGUFFile, TensorInfo, open_gguf
-from checkpoints_tools.layout import BLOCK_TYPES, PLAIN_TYPES
+from checkpoints_tools.interleave import BASES
+from checkpoints_tools.layout import FORMAT_NAMES
 from checkpoints_tools.model_file import check_model
 from checkpoints_tools.progress import Progress, ProgressLine
 from checkpoints_tools.row_chunks import row_chunks
@@ -55,7 +56,7 @@ def check(path: str | os.PathLike, progress: Progress | None = None) -> Findings
     report = progress or ProgressLine(path)
     num_bytes, bytes_done = sum(info.num_bytes for info in file.tensors.values()), 0
     for done, info in enumerate(file.tensors.values(), start=1):
-        if info.ggml_type in PLAIN_TYPES or info.ggml_type in BLOCK_TYPES:
+        if info.ggml_type in FORMAT_NAMES:
             position = _first_bad(file, info)
             bad += [] if position is None else [_sentence(info, position)]
         elif info.type_name not in _INTEGERS:
@@ -102,13 +103,15 @@ def _bad_blocks(weight: quant.QuantizedTensor | jax.Array) -> jax.Array:
 def _sentence(info: TensorInfo, position: tuple[int, int]) -> str:
     row, block = position
     entry, size = TYPES[info.ggml_type], info.shape[-1] if info.shape else 1
-    offset = info.offset + row * entry.row_bytes(size) + entry.row_header + block * entry.block_bytes
-    number = row * (size // entry.block_size) + block
-    what = "value" if entry.block_size == 1 else "block"
-    return (
-        f"{info.path}: tensor {info.name!r} of type {entry.name} must be finite, but {what} {number}, in row "
-        f"{row} and at byte {offset}, is not."
-    )
+    base = BASES.get(info.type_name)
+    if base is None:
+        number, kind = row * (size // entry.block_size) + block, "value" if entry.block_size == 1 else "block"
+        offset = row * entry.row_bytes(size) + entry.row_header + block * entry.block_bytes
+        what = f"{kind} {number}, in row {row} and at byte {info.offset + offset},"
+    else:
+        offset = row // base.rows * base.rows * entry.row_bytes(size)
+        what = f"row {row}, in the {base.rows} rows from byte {info.offset + offset} on,"
+    return f"{info.path}: tensor {info.name!r} of type {entry.name} must be finite, but {what} is not."
 
 
 def _summary(file: GGUFFile, model: str, num_bytes: int, unknown: collections.Counter) -> str:

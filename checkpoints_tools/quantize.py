@@ -19,7 +19,7 @@ from checkpoints_tools.gguf_file import GGUFError, GGUFFile, TensorInfo, open_gg
 from checkpoints_tools.gguf_metadata import Field
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from checkpoints_tools.inspect import columns
-from checkpoints_tools.layout import PLAIN_TYPES
+from checkpoints_tools.layout import FORMAT_NAMES
 from checkpoints_tools.model_file import check_model
 from checkpoints_tools.progress import Progress, ProgressLine
 from checkpoints_tools.recipe import Recipe, fitting, is_weight_matrix
@@ -191,7 +191,8 @@ def quantize(
 def _row(info: TensorInfo, recipe: Recipe, allow_requantize: bool) -> Row:
     wanted = recipe.wanted(info.name) if is_weight_matrix(info) else None
     new = fitting(wanted, info.shape[-1]) if wanted else info.type_name
-    is_exact = info.ggml_type in PLAIN_TYPES or new in (info.type_name, "f32")
+    single = FORMAT_NAMES.get(info.ggml_type)  # what interleaved rows are one by one
+    is_exact = single not in quant.FORMATS or new in (info.type_name, single, "f32")
     if not (is_exact or allow_requantize):
         raise ValueError(
             f"{info.path}: tensor {info.name!r} is quantised already, as {info.type_name}: making it {new} "
@@ -269,16 +270,20 @@ class _Stream:
     def _encoded(self, row: Row) -> Iterator[tuple[np.ndarray, float]]:
         num_rows, done = math.prod(row.shape[:-1]), 0
         for first, weight in row_chunks(self._file, row.name):
-            values = np.asarray(_decode(weight))[done - first :]
-            rows = np.arange(done, done + len(values))
-            try:
-                encoded = quant.encode(values, row.new, self._importance_of(row, rows))
-            except ValueError as error:
-                raise GGUFError(
-                    f"{self._file.path}: tensor {row.name!r}, rows {rows[0]} to {rows[-1]}: {error}"
-                ) from None
-            done += len(values)
+            rows = np.arange(done, first + weight.shape[0])
+            if isinstance(weight, quant.QuantizedTensor) and weight.format == row.new:
+                encoded = weight[done - first :]  # it was interleaved, and nothing else
+            else:
+                encoded = self._encode(row, np.asarray(_decode(weight))[done - first :], rows)
+            done += len(rows)
             yield file_rows(encoded), done / num_rows
+
+    def _encode(self, row: Row, values: np.ndarray, rows: np.ndarray) -> np.ndarray | quant.QuantizedTensor:
+        try:
+            return quant.encode(values, row.new, self._importance_of(row, rows))
+        except ValueError as error:
+            where = f"{self._file.path}: tensor {row.name!r}, rows {rows[0]} to {rows[-1]}"
+            raise GGUFError(f"{where}: {error}") from None
 
     def _importance_of(self, row: Row, rows: np.ndarray) -> np.ndarray | None:
         """Returns the importance of some rows of the tensor seen as a matrix."""

@@ -10,6 +10,7 @@ from checkpoints_tools.load import read_weight
 from mla_jax.quant import QuantizedTensor
 
 _WEIGHTS = 1 << 22  # at a time: 16 MiB when decoded
+_GROUP = 16  # rows that interleaved types may have together
 
 
 def row_chunks(file: GGUFFile, name: str) -> Iterator[tuple[int, np.ndarray | QuantizedTensor]]:
@@ -29,7 +30,7 @@ def row_chunks(file: GGUFFile, name: str) -> Iterator[tuple[int, np.ndarray | Qu
     """
     shape = file.tensors[name].shape or (1,)
     num_rows = math.prod(shape[:-1])
-    step = min(num_rows, max(1, _WEIGHTS // shape[-1]))
+    step = min(num_rows, max(1, _WEIGHTS // _GROUP // shape[-1]) * _GROUP)
     for start in range(0, num_rows, step):
         first = min(start, num_rows - step)
         yield first, read_weight(file, name, first, first + step)
