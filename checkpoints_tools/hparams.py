@@ -65,7 +65,10 @@ def model_config(
     except GGUFError:
         raise
     except ValueError as error:  # of a config, and it begins with the name of the field
-        key = _KEYS_OF_FIELDS[str(error).split()[0]]
+        field = str(error).split()[0]
+        key = _KEYS_OF_FIELDS.get(field, field)
+        if key == "rope.scaling.factor" and not keys.has(key):
+            key = "rope.scale_linear"
         raise GGUFError(f"{path}: key '{ARCHITECTURE}.{key}': {error}") from None
 
 
@@ -327,13 +330,15 @@ def _rope_config(keys: _Keys, context_length: int) -> RopeConfig:
     is_yarn = scaling == "yarn"
     original = keys.integer("rope.scaling.original_context_length", context_length, high=_MAX_CONTEXT)
     log_multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0)
+    beta_fast = keys.number("rope.scaling.yarn_beta_fast", 32.0)
+    beta_slow = keys.number("rope.scaling.yarn_beta_slow", 1.0)
     return RopeConfig(
         base=keys.number("rope.freq_base", 10000.0),
         scaling=scaling,
         factor=1.0 if scaling == "none" else factor,
         original_context_length=original if is_yarn else 0,
         yarn_log_multiplier=log_multiplier if is_yarn else 0.0,
-        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0) if is_yarn else 32.0,
-        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0) if is_yarn else 1.0,
+        beta_fast=beta_fast if is_yarn else 32.0,
+        beta_slow=beta_slow if is_yarn else 1.0,
         attention_factor=keys.number("rope.scaling.attn_factor", 1.0),
     )

@@ -4,7 +4,7 @@ import dataclasses
 import enum
 
 # Far beyond any published model, and still nothing that is computed from them overflows float32.
-_MAX_FACTOR = 1e3  # of scores and of what experts add
+_MIN_FACTOR, _MAX_FACTOR = 1e-3, 1e3  # of scores and of what experts add
 _MAX_ROPE_BASE = 1e12
 _MAX_ROPE_RATIO = 1e6  # of context lengths, and of YaRN's turns; 1 / this is the least
 _MIN_EPSILON = 1e-30
@@ -82,8 +82,10 @@ class MoEConfig:
                 f"num_experts_per_token must be at most the experts of the used groups, "
                 f"got {self.num_experts_per_token} of {self.num_experts}."
             )
-        if not 0 < self.weights_scale <= _MAX_FACTOR:
-            raise ValueError(f"weights_scale must be in (0, {_MAX_FACTOR:g}], got {self.weights_scale}.")
+        if not _MIN_FACTOR <= self.weights_scale <= _MAX_FACTOR:
+            raise ValueError(
+                f"weights_scale must be in [{_MIN_FACTOR:g}, {_MAX_FACTOR:g}], got {self.weights_scale}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,9 +112,10 @@ class RopeConfig:
             if not 1 / _MAX_ROPE_RATIO <= getattr(self, name) <= _MAX_ROPE_RATIO:
                 low, high = 1 / _MAX_ROPE_RATIO, _MAX_ROPE_RATIO
                 raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {getattr(self, name)}.")
-        if not 0 < self.attention_factor <= _MAX_FACTOR:
+        if not _MIN_FACTOR <= self.attention_factor <= _MAX_FACTOR:
             raise ValueError(
-                f"attention_factor must be in (0, {_MAX_FACTOR:g}], got {self.attention_factor}."
+                f"attention_factor must be in [{_MIN_FACTOR:g}, {_MAX_FACTOR:g}], "
+                f"got {self.attention_factor}."
             )
         if not 0 <= self.yarn_log_multiplier <= _MAX_FACTOR:
             raise ValueError(

@@ -33,7 +33,7 @@ _ID_KEYS = {  # field of Vocabulary: key of the file
     "fim_sep_id": "fim_sep_token_id",
 }
 
-_MAX_JOINED = 32  # times the characters of all tokens; those of Kimi-K2 join to some 4 times theirs
+_MAX_JOINED = 32  # characters of joined pairs to those of tokens; DeepSeek's vocabularies have 2
 _TEXT_CHARS_UPPER = 1 << 21  # the expressions of a pre-tokenizer give up on longer runs of white space
 
 # Tokens that end a generation whatever the ids in the metadata say, by their text.
@@ -301,6 +301,9 @@ def merges_by_rank(tokens: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Returns every pair of tokens that joins to a third, by the third's id: what tiktoken merges by.
 
     Where several pairs join to one token, the order among them decides nothing but ties within a piece.
+
+    Raises:
+      ValueError: if there are far more pairs than in any vocabulary that was trained.
     """
     known, lengths = {token: token for token in tokens}, {len(token) for token in tokens}
     limit = _MAX_JOINED * sum(map(len, tokens))
