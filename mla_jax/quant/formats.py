@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from mla_jax.quant import bitnet, iqk_quants, k_quants, legacy, trellis
+from mla_jax.quant import bitnet, float4, i_quants, iqk_quants, k_quants, legacy, ternary, trellis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +34,29 @@ FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
         Format("q4_0", 2, 32, 18, legacy.decode_q4_0),
+        Format("q4_1", 3, 32, 20, legacy.decode_q4_1),
         Format("q5_0", 6, 32, 22, legacy.decode_q5_0),
+        Format("q5_1", 7, 32, 24, legacy.decode_q5_1),
         Format("q8_0", 8, 32, 34, legacy.decode_q8_0),
+        Format("q2_K", 10, 256, 84, k_quants.decode_q2_k),
+        Format("q3_K", 11, 256, 110, k_quants.decode_q3_k),
         Format("q4_K", 12, 256, 144, k_quants.decode_q4_k),
+        Format("q5_K", 13, 256, 176, k_quants.decode_q5_k),
         Format("q6_K", 14, 256, 210, k_quants.decode_q6_k),
+        Format("iq2_xxs", 16, 256, 66, i_quants.decode_iq2_xxs),
+        Format("iq2_xs", 17, 256, 74, i_quants.decode_iq2_xs),
+        Format("iq3_xxs", 18, 256, 98, i_quants.decode_iq3_xxs),
+        Format("iq1_s", 19, 256, 50, i_quants.decode_iq1_s),
+        Format("iq4_nl", 20, 32, 18, i_quants.decode_iq4_nl),
+        Format("iq3_s", 21, 256, 110, i_quants.decode_iq3_s),
+        Format("iq2_s", 22, 256, 82, i_quants.decode_iq2_s),
+        Format("iq4_xs", 23, 256, 136, i_quants.decode_iq4_xs),
+        Format("iq1_m", 29, 256, 56, i_quants.decode_iq1_m),
+        Format("tq1_0", 34, 256, 54, ternary.decode_tq1_0),
+        Format("tq2_0", 35, 256, 66, ternary.decode_tq2_0),
+        Format("mxfp4", 39, 32, 17, float4.decode_mxfp4),
+        Format("nvfp4", 40, 64, 36, float4.decode_nvfp4),
+        Format("q1_0_g128", 41, 128, 18, ternary.decode_q1_0_g128),
         Format("q6_0", 133, 32, 26, iqk_quants.decode_q6_0),
         Format("iq1_bn", 134, 64, 13, bitnet.decode_iq1_bn, 2),
         Format("iq2_bn", 135, 64, 16, bitnet.decode_iq2_bn, 4),

@@ -7,8 +7,18 @@ import pytest
 
 from mla_jax.quant import FORMATS, QuantizedTensor, decode, encode, matmul
 
-_SCALE_BYTES = {"q8_0": (0,), "q4_0": (0,), "q5_0": (0,), "q4_K": (0, 2), "q6_K": (208,)}
-_KINDS = ["f32", "f16", "bf16", *_SCALE_BYTES]
+_ONE_OF_EACH_KIND = {  # of decoder, and where its blocks have float16 scales; formats with a header are apart
+    "q8_0": (0,),
+    "q4_0": (0,),
+    "q5_1": (0, 2),
+    "q4_K": (0, 2),
+    "q6_K": (208,),
+    "iq4_xs": (0,),
+    "iq2_s": (0,),
+    "iq1_s": (0,),
+    "tq1_0": (52,),
+}
+_KINDS = ["f32", "f16", "bf16", *_ONE_OF_EACH_KIND]
 
 
 def _weight(kind, size_out=12, size_in=512):
@@ -17,7 +27,7 @@ def _weight(kind, size_out=12, size_in=512):
         return jnp.asarray(encode(rng.standard_normal((size_out, size_in), dtype=np.float32), kind))
     fmt = FORMATS[kind]
     blocks = rng.integers(0, 256, (size_out, size_in // fmt.block_size, fmt.block_bytes), dtype=np.uint8)
-    for start in _SCALE_BYTES[kind]:
+    for start in _ONE_OF_EACH_KIND[kind]:
         scales = rng.uniform(0.005, 0.02, (*blocks.shape[:-1], 1)).astype(np.float16)
         blocks[..., start : start + 2] = scales.view(np.uint8)
     return QuantizedTensor(blocks=jnp.asarray(blocks), format=kind)
