@@ -27,11 +27,13 @@ def creating(path: str | os.PathLike) -> Iterator[str]:
     if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise ValueError(f"{path} must be a new or an empty folder, got one that is in use.")
     with beside(path) as temporary:
-        yield temporary
-        _sync_all(temporary)
+        unfinished = os.path.join(temporary, "unfinished")
+        os.mkdir(unfinished)
+        yield unfinished
+        _sync_all(unfinished)
         with contextlib.suppress(FileNotFoundError):
             os.rmdir(path)
-        os.rename(temporary, path)
+        os.rename(unfinished, path)
         sync_folder(os.path.dirname(path) or ".")
 
 

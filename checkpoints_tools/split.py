@@ -15,7 +15,7 @@ from checkpoints_tools import folders
 from checkpoints_tools.gguf_file import GGUFFile, TensorInfo, open_gguf
 from checkpoints_tools.gguf_metadata import Field
 from checkpoints_tools.gguf_writer import TensorData, sync_folder, write_gguf
-from checkpoints_tools.load import Progress
+from checkpoints_tools.progress import Progress, ProgressLine
 
 DEFAULT_MAX_TENSORS = 128  # that of llama-gguf-split
 _MAX_PARTS = 65_535  # `split.count` is a u16
@@ -37,7 +37,8 @@ def split(
       prefix: path of the parts without their numbers, for example "out/model".
       max_bytes: of tensors in a part; a larger tensor has a part of its own. None: no limit.
       max_tensors: in a part. None: no limit, or 128 if `max_bytes` is None too.
-      progress: called with (tensors done, tensors, bytes done, bytes) after each tensor.
+      progress: called with (tensors done, tensors, bytes done, bytes) after each tensor. None prints one line
+        to stderr, if that is a terminal or it takes over a second.
 
     Returns:
       The paths of the parts, in order.
@@ -61,7 +62,7 @@ def split(
     for part in paths:
         if os.path.lexists(part):
             raise ValueError(f"{part} must not be there before a file is split, but it is.")
-    copy = _Copy(file, progress)
+    copy = _Copy(file, progress or ProgressLine(file.path))
     with folders.beside(prefix) as folder:
         for number, (part, group) in enumerate(zip(paths, groups, strict=True)):
             keys = _part_keys(file, number, len(groups))
@@ -76,7 +77,8 @@ def merge(first: str | os.PathLike, out: str | os.PathLike, progress: Progress |
     Args:
       first: the first part.
       out: the file; one that is there is replaced, and kept as it was if anything fails.
-      progress: called with (tensors done, tensors, bytes done, bytes) after each tensor.
+      progress: called with (tensors done, tensors, bytes done, bytes) after each tensor. None prints one line
+        to stderr, if that is a terminal or it takes over a second.
 
     Raises:
       GGUFError: if a part is missing, cannot be read or is not sound.
@@ -87,7 +89,7 @@ def merge(first: str | os.PathLike, out: str | os.PathLike, progress: Progress |
     for part in {file.path, *(info.path for info in file.tensors.values())}:
         if os.path.exists(out) and os.path.samefile(part, out):
             raise ValueError(f"{os.fspath(out)} must not be one of the parts that are merged, but it is.")
-    copy = _Copy(file, progress)
+    copy = _Copy(file, progress or ProgressLine(file.path))
     write_gguf(out, _whole_keys(file), [copy.tensor(info) for info in file.tensors.values()])
 
 
@@ -96,10 +98,10 @@ class _Copy:
 
     Args:
       file: where they come from.
-      progress: called with (tensors done, tensors, bytes done, bytes) after each tensor, or None.
+      progress: called with (tensors done, tensors, bytes done, bytes) after each tensor.
     """
 
-    def __init__(self, file: GGUFFile, progress: Progress | None = None):
+    def __init__(self, file: GGUFFile, progress: Progress):
         self._file, self._progress = file, progress
         self._num_bytes = sum(info.num_bytes for info in file.tensors.values())
         self._done = self._bytes_done = 0
@@ -111,8 +113,7 @@ class _Copy:
         for start in range(0, info.num_bytes, _COPIED_BYTES):
             yield self._file.read(info.name, start, min(_COPIED_BYTES, info.num_bytes - start))
         self._done, self._bytes_done = self._done + 1, self._bytes_done + info.num_bytes
-        if self._progress is not None:
-            self._progress(self._done, len(self._file.tensors), self._bytes_done, self._num_bytes)
+        self._progress(self._done, len(self._file.tensors), self._bytes_done, self._num_bytes)
 
 
 def _groups(file: GGUFFile, max_bytes: int | None, max_tensors: int | None) -> list[list[TensorInfo]]:
