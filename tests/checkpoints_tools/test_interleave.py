@@ -1,49 +1,19 @@
 """Interleaved rows: every bit once, there and back, and the values that the definition of each type gives."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
+from interleaved import GROUPS, SIZE, SUPPORTED, decoded, random_data, sane_data, write_twins
 
-from checkpoints_tools import interleave
+import checkpoints_tools
+from checkpoints_tools import gguf_file, interleave, load, names, save
 from checkpoints_tools.ggml_types import IDS, TYPES
+from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from checkpoints_tools.interleaved_layouts import LAYOUTS
-from mla_jax import quant
-
-GROUPS, SIZE = 3, 768
 
 each_type = pytest.mark.parametrize("name", interleave.BASES)
-
-
-def random_data(name, num_groups=GROUPS, size=SIZE, seed=0):
-    """Returns random bytes of whole groups."""
-    num_bytes = num_groups * interleave.BASES[name].rows * TYPES[IDS[name]].row_bytes(size)
-    return np.random.default_rng(seed).integers(0, 256, num_bytes, dtype=np.uint8)
-
-
-def sane_data(name, num_groups=GROUPS, size=SIZE, seed=0):
-    """Returns random bytes of whole groups whose scales are finite."""
-    rows = interleave.deinterleave(name, random_data(name, num_groups, size, seed), size)
-    rng, base, fields = np.random.default_rng(seed), interleave.BASES[name], LAYOUTS[name].base_fields
-    blocks = rows[:, base.header_bytes :].reshape(len(rows), -1, base.block_bytes)
-    if base.header_bytes:
-        dtype = np.float16 if base.header_bytes == 2 else np.float32
-        scales = rng.uniform(-0.1, 0.1, (len(rows), 1)).astype(dtype).view(np.uint8)
-        rows[:, : scales.shape[1]] = scales
-    for start in fields["d"][:, 0] // 8 if "d" in fields else ():
-        scales = rng.uniform(-0.1, 0.1, (*blocks.shape[:2], 1)).astype(np.float16)
-        blocks[..., start : start + 2] = scales.view(np.uint8)
-    if "exponent" in fields:
-        blocks[..., 0] = rng.integers(110, 140, blocks.shape[:2])
-    if base.name == "bf16":
-        rows[:, 1::2] &= 0xBF
-    return interleave.interleave(name, rows, size)
-
-
-def decoded(name, data, size=SIZE):
-    """Returns float32[rows, size], taken apart and decoded."""
-    rows, base = interleave.deinterleave(name, data, size), interleave.BASES[name]
-    blocks = rows[:, base.header_bytes :].reshape(len(rows), -1, base.block_bytes)
-    header = rows[:, : base.header_bytes] if base.header_bytes else None
-    return np.asarray(quant.decode(quant.QuantizedTensor(blocks=blocks, header=header, format=base.name)))
 
 
 @each_type
@@ -192,3 +162,78 @@ def test_bf16_r16_by_definition():
         np.testing.assert_array_equal(
             rows[:, row, weight], stored[:, 32 * (weight // 2) + 2 * row + weight % 2]
         )
+
+
+@pytest.mark.parametrize("kv", ["kv_b", "both", "k_b_v_b", "k_b_v_b_2d"])
+def test_twins_are_one_model(tmp_path, kv):
+    types = write_twins(tmp_path, kv=kv)
+    assert set(types.values()) == set(SUPPORTED)
+    single, packed = (checkpoints_tools.load_gguf(tmp_path / f"{twin}.gguf") for twin in ("single", "packed"))
+    for name, leaf in names.flatten(packed.params).items():
+        expected = names.flatten(single.params)[name]
+        assert leaf.shape == expected.shape and jax.tree.structure(leaf) == jax.tree.structure(expected)
+        for ours, theirs in zip(jax.tree.leaves(leaf), jax.tree.leaves(expected), strict=True):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs), name)
+    for name, kept in packed.unread.items():
+        assert kept.ggml_type == IDS[types[name]]
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 24, 1], ids=["whole", "pieces"])
+@pytest.mark.parametrize("kv", ["both", "k_b_v_b_2d"])
+def test_save_gives_the_same_file(tmp_path, kv, piece_bytes, monkeypatch):
+    write_twins(tmp_path, kv=kv)
+    monkeypatch.setattr(load, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(save, "_PIECE_BYTES", piece_bytes)
+    for twin in ("single", "packed"):
+        checkpoint = checkpoints_tools.load_gguf(tmp_path / f"{twin}.gguf")
+        checkpoints_tools.save_gguf(tmp_path / "again.gguf", checkpoint)
+        assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / f"{twin}.gguf").read_bytes()
+
+
+def test_other_rows_are_saved_as_they_are(tmp_path):
+    types = write_twins(tmp_path)
+    checkpoint = checkpoints_tools.load_gguf(tmp_path / "packed.gguf")
+    leaves = names.flatten(checkpoint.params)
+    name = next(name for name, kind in types.items() if kind == "q4_k_r4")
+    other = next(leaf for leaf in leaves.values() if getattr(leaf, "format", "") == "iq4_nl")
+    floats = np.ones(leaves[name].shape, np.float32)
+    for new, kind in ((floats, "f32"), (other, "iq4_nl"), (leaves[name][:4], "q4_K")):
+        params = names.unflatten(leaves | {name: new})
+        changed = dataclasses.replace(checkpoint, params=params)
+        checkpoints_tools.save_gguf(tmp_path / "changed.gguf", changed)
+        found = gguf_file.open_gguf(tmp_path / "changed.gguf").tensors[name]
+        assert (found.type_name, found.shape) == (kind, new.shape)
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 24, 1], ids=["whole", "pieces"])
+def test_rows_are_read_alone(tmp_path, piece_bytes, monkeypatch):
+    types = write_twins(tmp_path)
+    monkeypatch.setattr(load, "_PIECE_BYTES", piece_bytes)
+    single, packed = (gguf_file.open_gguf(tmp_path / f"{twin}.gguf") for twin in ("single", "packed"))
+    for name in types:
+        for rows in ((0, None), (3, 21), (16, 17), (5, 5)):
+            ours, theirs = (load.read_weight(file, name, *rows) for file in (packed, single))
+            assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+            jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_only_the_groups_of_rows_are_read(tmp_path, monkeypatch):
+    types = write_twins(tmp_path)
+    file, sizes = gguf_file.open_gguf(tmp_path / "packed.gguf"), []
+    read = gguf_file.GGUFFile.read
+    monkeypatch.setattr(
+        gguf_file.GGUFFile, "read", lambda *args: sizes.append(args[3]) or read(*args), raising=True
+    )
+    name = next(name for name, kind in types.items() if kind == "q4_k_r4")
+    assert load.read_weight(file, name, 7, 9).shape == (2, 256)
+    assert sizes == [8 * 144]
+
+
+def test_rows_of_an_odd_size_are_refused(tmp_path):
+    path = tmp_path / "odd.gguf"
+    write_gguf(path, {}, [TensorData("a.weight", (16, 3), IDS["bf16_r16"], np.zeros(96, np.uint8))])
+    file = gguf_file.open_gguf(path)
+    words = r"'a\.weight' has type bf16_r16 \(230\), so it must have rows of a multiple of 2, got \(16, 3\)"
+    with pytest.raises(checkpoints_tools.GGUFError, match=words):
+        load.read_weight(file, "a.weight")
