@@ -136,7 +136,10 @@ def test_layers_that_predict_a_second_token_are_kept(tmp_path):
     tensors = write_folder(tmp_path / "hf", nextn=2)
     chosen = convert.to_gguf(tmp_path / "hf", tmp_path / "a.gguf", type="f32")
     checkpoint = load_gguf(tmp_path / "a.gguf")
-    assert checkpoint.config.num_layers == chosen.config.model.num_layers == 3
+    convert.to_gguf(tmp_path / "hf", tmp_path / "without.gguf", type="f32", keep_nextn=False)
+    without = load_gguf(tmp_path / "without.gguf")
+    assert checkpoint.config == without.config and chosen.config.model.num_layers == 3
+    assert names.flatten(checkpoint.params).keys() == names.flatten(without.params).keys()
     assert checkpoint.metadata["deepseek2.block_count"] == 5
     assert checkpoint.metadata["deepseek2.nextn_predict_layers"] == 2
     assert {name.split(".")[1] for name in checkpoint.unread} == {"3", "4"}
