@@ -48,12 +48,34 @@ def split(
       ValueError: if a limit is not positive, makes more than 65,535 parts, or if a part is already there.
       OSError: if the parts cannot be written.
     """
+    file = open_gguf(path)
+    parts = plan(file, prefix, max_bytes=max_bytes, max_tensors=max_tensors)
+    copy = _Copy(file, progress or ProgressLine(file.path))
+    with folders.beside(prefix) as folder:
+        for number, (part, infos) in enumerate(parts.items()):
+            keys = _part_keys(file, number, len(parts))
+            write_gguf(_within(folder, part), keys, [copy.tensor(info) for info in infos])
+        _move(folder, list(parts))
+    return list(parts)
+
+
+def plan(
+    file: GGUFFile,
+    prefix: str | os.PathLike,
+    *,
+    max_bytes: int | None = None,
+    max_tensors: int | None = None,
+) -> dict[str, list[TensorInfo]]:
+    """Decides which tensors each part gets; arguments and errors as for `split`, of an opened file.
+
+    Returns:
+      Path of a part -> its tensors, in order.
+    """
     for what, limit in (("max_bytes", max_bytes), ("max_tensors", max_tensors)):
         if limit is not None and limit < 1:
             raise ValueError(f"{what} must be at least 1, got {limit}.")
     if max_bytes is None and max_tensors is None:
         max_tensors = DEFAULT_MAX_TENSORS
-    file = open_gguf(path)
     groups = _groups(file, max_bytes, max_tensors)
     if len(groups) > _MAX_PARTS:
         raise ValueError(f"{file.path} must be split in at most {_MAX_PARTS} parts, got {len(groups)}.")
@@ -62,13 +84,7 @@ def split(
     for part in paths:
         if os.path.lexists(part):
             raise ValueError(f"{part} must not be there before a file is split, but it is.")
-    copy = _Copy(file, progress or ProgressLine(file.path))
-    with folders.beside(prefix) as folder:
-        for number, (part, group) in enumerate(zip(paths, groups, strict=True)):
-            keys = _part_keys(file, number, len(groups))
-            write_gguf(_within(folder, part), keys, [copy.tensor(info) for info in group])
-        _move(folder, paths)
-    return paths
+    return dict(zip(paths, groups, strict=True))
 
 
 def merge(first: str | os.PathLike, out: str | os.PathLike, progress: Progress | None = None) -> None:
