@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from mla_jax.quant import bitnet, float4, i_quants, iqk_quants, k_quants, legacy, ternary, trellis
+from mla_jax.quant import float4, i_quants, iqk_quants, k_quants, legacy, ternary, trellis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ FORMATS: dict[str, Format] = {
         Format("nvfp4", 40, 64, 36, float4.decode_nvfp4),
         Format("q1_0_g128", 41, 128, 18, ternary.decode_q1_0_g128),
         Format("q6_0", 133, 32, 26, iqk_quants.decode_q6_0),
-        Format("iq1_bn", 134, 64, 13, bitnet.decode_iq1_bn, 2),
-        Format("iq2_bn", 135, 64, 16, bitnet.decode_iq2_bn, 4),
+        Format("iq1_bn", 134, 64, 13, ternary.decode_iq1_bn, 2),
+        Format("iq2_bn", 135, 64, 16, ternary.decode_iq2_bn, 4),
         Format("iq2_k", 137, 256, 76, iqk_quants.decode_iq2_k),
         Format("iq3_k", 138, 256, 110, iqk_quants.decode_iq3_k),
         Format("iq4_k", 139, 256, 144, iqk_quants.decode_iq4_k),
@@ -76,5 +76,9 @@ FORMATS: dict[str, Format] = {
         Format("iq3_ks", 156, 256, 102, iqk_quants.decode_iq3_ks, 2),
         Format("iq2_kl", 157, 256, 86, iqk_quants.decode_iq2_kl, 2),
         Format("iq1_kt", 158, 256, 56, trellis.decode_iq1_kt, 4),
+        # In files the rows of these are interleaved; here they are taken apart.
+        Format("iq1_s_r4", 219, 32, 6, i_quants.decode_iq1_s_row, 2),
+        Format("iq1_m_r4", 229, 32, 7, i_quants.decode_iq1_m_row, 2),
+        Format("q8_k_r8", 399, 256, 258, legacy.decode_q8_0),
     )
 }

@@ -105,6 +105,25 @@ def decode_iq1_m(blocks: jax.Array) -> jax.Array:
     return _scaled(d * odd, _shifted(codes, nibbles >> jnp.uint8(3)))
 
 
+def decode_iq1_s_row(blocks: jax.Array, header: jax.Array) -> jax.Array:
+    """Decodes what `decode_iq1_s` decodes, one run of 32 weights in a block, with one `d` for the row."""
+    words = _words(blocks[..., 4:], jnp.uint16)[..., None]
+    codes = _codes(blocks[..., :4], _triples(words))
+    odd = _odd((words >> jnp.uint16(12)) & jnp.uint16(7))
+    return _scaled(bits.float16(header, 0)[..., None] * odd, _shifted(codes, words >> jnp.uint16(15)))
+
+
+def decode_iq1_m_row(blocks: jax.Array, header: jax.Array) -> jax.Array:
+    """Decodes 2 runs of 2 groups of 8 weights, each `d * scale * (value + shift)`, with one `d` for the row.
+
+    Groups are those of `decode_iq1_m`. A scale has 4 bits.
+    """
+    nibbles = bits.unpack(blocks[..., 4:6], 4)
+    codes = _codes(blocks[..., :4], nibbles & jnp.uint8(7))
+    scales = bits.unpack(blocks[..., 6:], 4).astype(jnp.float32)
+    return _scaled(bits.float16(header, 0)[..., None] * scales, _shifted(codes, nibbles >> jnp.uint8(3)))
+
+
 def _scaled(scale: jax.Array, values: jax.Array) -> jax.Array:
     """Multiplies each run of values by its scale: float32[..., runs], float32[..., n] -> float32[..., n]."""
     return bits.join(scale[..., None] * bits.split(values, scale.shape[-1]), 2)

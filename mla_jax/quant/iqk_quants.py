@@ -12,44 +12,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_jax.quant import bits
+from mla_jax.quant import bits, i_quants
 
 
-def _two_versions(values: str, shift: int) -> np.ndarray:
-    table = np.array(values.split(), np.float32)
-    return np.concatenate([table, table + np.float32(shift)])
+def _numbers(text: str) -> np.ndarray:
+    return np.array(text.split(), np.float32)
 
 
-_VALUES_2 = _two_versions("-31 -13 1 17", 5)
-_VALUES_3 = _two_versions("-63 -40 -23 -10 1 13 28 47", 4)
-VALUES_4 = _two_versions("-127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113", 4)
+def _two_versions(values: np.ndarray, shift: int) -> np.ndarray:
+    return np.concatenate([values, values + np.float32(shift)])
+
+
+_VALUES_2 = _two_versions(_numbers("-31 -13 1 17"), 5)
+_VALUES_3 = _two_versions(_numbers("-63 -40 -23 -10 1 13 28 47"), 4)
+_VALUES_4 = _two_versions(i_quants.VALUES_4, 4)
 _VALUES_5 = _two_versions(
-    """
-    -126 -114 -103 -92 -83 -74 -65 -57 -50 -43 -36 -30 -24 -18 -12 -6
-    -1 5 11 17 23 29 36 43 51 59 68 77 87 97 109 121
-    """,
+    _numbers("""
+        -126 -114 -103 -92 -83 -74 -65 -57 -50 -43 -36 -30 -24 -18 -12 -6
+        -1 5 11 17 23 29 36 43 51 59 68 77 87 97 109 121
+    """),
     2,
 )
 # In plain C, ik_llama.cpp has the cubic that these are rounded from; its matrix products have these.
 _VALUES_6 = _two_versions(
-    """
-    -127 -121 -115 -109 -104 -98 -93 -88 -84 -79 -74 -70 -66 -62 -58 -54
-    -51 -47 -44 -40 -37 -34 -31 -28 -25 -22 -19 -16 -13 -11 -8 -5
-    -2 0 3 6 9 12 14 17 20 23 27 30 33 36 40 44
-    47 51 55 59 63 68 72 77 82 87 92 98 103 109 115 121
-    """,
+    _numbers("""
+        -127 -121 -115 -109 -104 -98 -93 -88 -84 -79 -74 -70 -66 -62 -58 -54
+        -51 -47 -44 -40 -37 -34 -31 -28 -25 -22 -19 -16 -13 -11 -8 -5
+        -2 0 3 6 9 12 14 17 20 23 27 30 33 36 40 44
+        47 51 55 59 63 68 72 77 82 87 92 98 103 109 115 121
+    """),
     1,
 )
 # Pairs of neighbours, each one of the first half of `_VALUES_3`.
-_PAIRS = np.array(
-    """
+_PAIRS = _numbers("""
     -63 -23  -63 13   -40 -63  -40 -10  -40 13   -40 47   -23 -40  -23 -23
     -23 1    -23 13   -23 28   -10 -63  -10 1    -10 13   -10 47   1 -23
     1 -10    1 1      1 13     1 28     13 -40   13 -23   13 -10   13 1
     13 13    28 -63   28 -23   28 1     28 28    28 47    47 -23   47 13
-    """.split(),
-    np.float32,
-).reshape(-1, 2)
+""").reshape(-1, 2)
 
 
 def decode_q6_0(blocks: jax.Array) -> jax.Array:
@@ -113,13 +113,13 @@ def decode_iq3_ks(blocks: jax.Array, header: jax.Array) -> jax.Array:
 def decode_iq4_k(blocks: jax.Array) -> jax.Array:
     """Decodes 16 runs of 16 weights with codes of 4 bits."""
     codes = bits.planes(blocks[..., 16:144], 4, runs=8)
-    return _scaled_values(_scale_of_6_bits(blocks), codes, VALUES_4, bits.unpack(blocks[..., 2:4], 1))
+    return _scaled_values(_scale_of_6_bits(blocks), codes, _VALUES_4, bits.unpack(blocks[..., 2:4], 1))
 
 
 def decode_iq4_ks(blocks: jax.Array, header: jax.Array) -> jax.Array:
     """Decodes 8 runs of 32 weights with codes of 4 bits."""
     codes = bits.planes(blocks[..., 8:136], 4, runs=8)
-    return _with_scale_bytes(header, blocks[..., :8], codes, VALUES_4)
+    return _with_scale_bytes(header, blocks[..., :8], codes, _VALUES_4)
 
 
 def decode_iq4_kss(blocks: jax.Array, header: jax.Array) -> jax.Array:
@@ -133,7 +133,7 @@ def decode_iq4_kss(blocks: jax.Array, header: jax.Array) -> jax.Array:
     gray = words & jnp.uint16(0xFFFE)
     packed = jax.lax.bitcast_convert_type(gray ^ (gray >> jnp.uint16(1)), jnp.uint8)
     codes = bits.planes(bits.join(packed, 3), 4, runs=8)
-    return _with_scale_bytes(header, scales[..., 0], codes, VALUES_4)
+    return _with_scale_bytes(header, scales[..., 0], codes, _VALUES_4)
 
 
 def decode_iq5_k(blocks: jax.Array) -> jax.Array:

@@ -1,4 +1,7 @@
-"""Decoders of blocks with a float16 scale and weights of two or three values."""
+"""Decoders of weights of two or three values: blocks with a scale, or with one `d` for the row.
+
+Source: ggml, and ik_llama.cpp for the latter: its plain functions leave out `d`, its matrix products have it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +34,24 @@ def decode_tq2_0(blocks: jax.Array) -> jax.Array:
     """Decodes 256 weights, each `d * (code - 1)` with codes of 2 bits."""
     codes = bits.planes(blocks[..., :64], 2, runs=2)
     return bits.float16(blocks, 64) * (codes.astype(jnp.float32) - jnp.float32(1))
+
+
+def decode_iq1_bn(blocks: jax.Array, header: jax.Array) -> jax.Array:
+    """Decodes 64 weights, each `d * (digit - 1)`; a byte has 5 digits, the last byte one for each quarter.
+
+    Digits are those of `decode_tq1_0`, but the last one of a byte comes first, and the last byte has 4.
+    """
+    fives = bits.split(_digits(blocks[..., :12], 5), 5)[..., ::-1, :].swapaxes(-1, -2)
+    fifteens = bits.split(bits.join(fives, 2), 4)
+    last = _digits(blocks[..., 12:], 5)[..., :0:-1]
+    digits = bits.join(jnp.concatenate([fifteens, last[..., None]], axis=-1), 2).astype(jnp.float32)
+    return bits.float16(header, 0)[..., None] * (digits - jnp.float32(1))
+
+
+def decode_iq2_bn(blocks: jax.Array, header: jax.Array) -> jax.Array:
+    """Decodes 64 weights, each `d * (code - 1)` with codes of 2 bits."""
+    codes = bits.planes(blocks, 2).astype(jnp.float32)
+    return bits.float32(header, 0)[..., None] * (codes - jnp.float32(1))
 
 
 def _digits(packed: jax.Array, count: int) -> jax.Array:

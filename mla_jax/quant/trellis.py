@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.quant import bits
-from mla_jax.quant.iqk_quants import VALUES_4
+from mla_jax.quant.i_quants import VALUES_4
 
 _MULTIPLIER = 0xCBAC1FED
 _POWERS = np.array([pow(_MULTIPLIER, step, 1 << 32) for step in range(1, 9)], np.uint32)

@@ -4,6 +4,9 @@ Each function returns the scale and the value of weight e of a block, a list B o
 `(d * scale) * value` in float32. Weight e is at place r of run b of 32, which is place j of half h of it.
 """
 
+import functools
+
+import gguf
 import numpy as np
 
 T2 = [-31, -13, 1, 17, -26, -8, 6, 22]
@@ -156,6 +159,26 @@ def iq2_bn(B, e, b, r, h, j):
     return 1, (B[j] >> 2 * (e // 16) & 3) - 1
 
 
+@functools.cache
+def grid():
+    """Returns the codebook of mainline's IQ1_S: 2048 times 8 of -1, 0 and 1."""
+    gguf.quants.IQ1_S.init_grid()
+    return gguf.quants.IQ1_S.grid.reshape(2048, 8).tolist()
+
+
+def iq1_s_r4(B, e, b, r, h, j):
+    g, word = r // 8, u16(B, 4)
+    shift = -0.125 if bit(word, 15) else 0.125
+    return 2 * (word >> 12 & 7) + 1, grid()[B[g] | (word >> 3 * g & 7) << 8][e % 8] + shift
+
+
+def iq1_m_r4(B, e, b, r, h, j):
+    g = r // 8
+    nibble = nib(B[4 + h], g % 2)
+    shift = -0.125 if bit(nibble, 3) else 0.125
+    return nib(B[6], h), grid()[B[g] | (nibble & 7) << 8][e % 8] + shift
+
+
 # name -> where the scale d is, its type, and the definition of a weight
 DEFINITIONS = {
     "q6_0": ("block", "<f2", q6_0),
@@ -177,6 +200,9 @@ DEFINITIONS = {
     "iq4_kt": ("header", "<f4", iq4_kt),
     "iq1_bn": ("header", "<f2", iq1_bn),
     "iq2_bn": ("header", "<f4", iq2_bn),
+    "iq1_s_r4": ("header", "<f2", iq1_s_r4),
+    "iq1_m_r4": ("header", "<f2", iq1_m_r4),
+    "q8_k_r8": ("block", "<f2", signed_bytes),
 }
 
 
