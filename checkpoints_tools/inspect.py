@@ -37,8 +37,8 @@ def _summary(file: GGUFFile) -> str:
     num_bytes = sum(info.num_bytes for info in file.tensors.values())
     rows = [
         ("file", file.path),
-        ("architecture", _short(file.metadata.get("general.architecture"))),
-        ("name", _short(file.metadata.get("general.name"))),
+        ("architecture", short(file.metadata.get("general.architecture"))),
+        ("name", short(file.metadata.get("general.name"))),
         ("tensors", f"{len(file.tensors)}, {num_weights:,} weights, {num_bytes:,} bytes"),
         ("bits per weight", f"{8 * num_bytes / num_weights:.2f}" if num_weights else "-"),
         ("types", _type_counts(file)),
@@ -93,34 +93,36 @@ def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
 
 
 def _keys(file: GGUFFile) -> str:
-    rows = [(_short(key), field.type_name, _show(field)) for key, field in file.metadata.fields.items()]
+    rows = [(short(key), field.type_name, show_field(field)) for key, field in file.metadata.fields.items()]
     return columns([("key", "type", "value"), *rows])
 
 
 def _tensors(file: GGUFFile) -> str:
     rows = [
-        (_plain(info.name), " x ".join(map(str, info.shape)), info.type_name, f"{info.num_bytes:,}")
+        (plain(info.name), " x ".join(map(str, info.shape)), info.type_name, f"{info.num_bytes:,}")
         for info in file.tensors.values()
     ]
     return columns([("tensor", "shape", "type", "bytes"), *rows])
 
 
-def _show(field: Field) -> str:
+def show_field(field: Field) -> str:
+    """Returns the value of a key as text, shortened."""
     if field.count is None:
-        return _short(field.value())
-    shown = [_short(element) for element in field.value(limit=_MAX_ELEMENTS)]
+        return short(field.value())
+    shown = [short(element) for element in field.value(limit=_MAX_ELEMENTS)]
     more = ["..."] if field.count > len(shown) else []
     return f"[{', '.join(shown + more)}] ({field.count})"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Returns a value as text, shortened, as a terminal shows it."""
     if value is None:
         return "-"
-    text = f"{value:.7g}" if isinstance(value, float) else _plain(value)
+    text = f"{value:.7g}" if isinstance(value, float) else plain(value)
     return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """Returns text that a terminal shows as it is: control characters are escaped."""
     is_odd = isinstance(value, str) and (not value.isprintable() or value != value.strip() or not value)
     return repr(value) if is_odd else str(value)

@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from checkpoints_tools import folders, hparams, layout, names
+from checkpoints_tools import folders, hparams, json_file, layout, names
 from checkpoints_tools.ggml_types import TYPES
 from checkpoints_tools.gguf_file import GGUFError, TensorInfo
 from checkpoints_tools.gguf_metadata import Field, Metadata
@@ -149,11 +149,10 @@ def _handler(tree: Any) -> ocp.StandardCheckpointHandler:
 
 def _checked_about(folder: str) -> dict[str, Any]:
     """Reads what is told about the arrays and compares every file with it, before orbax opens any."""
-    with open(os.path.join(folder, _ABOUT)) as file:
-        about = json.load(file)
-    if about["format"] != _FORMAT:
-        raise GGUFError(f"{folder}: must be of format {_FORMAT!r}, got {about['format']!r:.80}.")
-    if about.pop("sha256") != _digest(about):
+    about = json_file.read_object(os.path.join(folder, _ABOUT))
+    if about.get("format") != _FORMAT:
+        raise GGUFError(f"{folder}: must be of format {_FORMAT!r}, got {about.get('format')!r:.80}.")
+    if about.pop("sha256", None) != _digest(about):
         raise GGUFError(f"{folder}: must be as it was written, but {_ABOUT} is not.")
     found, wanted = _files(folder), about["files"]
     for name in sorted(found.keys() | wanted.keys()):
