@@ -198,7 +198,7 @@ def test_other_rows_are_saved_as_they_are(tmp_path):
     name = next(name for name, kind in types.items() if kind == "q4_k_r4")
     other = next(leaf for leaf in leaves.values() if getattr(leaf, "format", "") == "iq4_nl")
     floats = np.ones(leaves[name].shape, np.float32)
-    for new, kind in ((floats, "f32"), (other, "iq4_nl"), (leaves[name][:4], "q4_K")):
+    for new, kind in ((floats, "f32"), (other, "iq4_nl"), (leaves[name][:1], "q4_K")):
         params = names.unflatten(leaves | {name: new})
         changed = dataclasses.replace(checkpoint, params=params)
         checkpoints_tools.save_gguf(tmp_path / "changed.gguf", changed)
