@@ -18,7 +18,7 @@ from checkpoints_tools.ggml_types import IDS
 from checkpoints_tools.gguf_file import GGUFError, GGUFFile, TensorInfo, open_gguf
 from checkpoints_tools.gguf_metadata import Field
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
-from checkpoints_tools.inspect import columns
+from checkpoints_tools.inspect import columns, plain
 from checkpoints_tools.layout import FORMAT_NAMES
 from checkpoints_tools.model_file import check_model
 from checkpoints_tools.progress import Progress, ProgressLine
@@ -215,7 +215,7 @@ def _check_importance(row: Row, shape: tuple[int, ...], imatrix: str | os.PathLi
 def _cells(row: Row) -> tuple[str, ...]:
     shape, old, new = " x ".join(map(str, row.shape)), row.num_bytes(row.old), row.num_bytes(row.new)
     note = f"rows do not fit {row.wanted}" if row.is_misfit else ""
-    return row.name, shape, row.old, row.new, f"{old:,}", f"{new:,}", note
+    return plain(row.name), shape, row.old, row.new, f"{old:,}", f"{new:,}", note
 
 
 def _metadata(chosen: Plan, imatrix: str | os.PathLike | None) -> dict[str, Field]:

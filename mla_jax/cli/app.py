@@ -38,6 +38,14 @@ _COMMANDS = {
     "quantize": _Command(
         file_commands.quantize, "write a GGUF file with its weights in another type", ("input", "out", "type")
     ),
+    "convert": _Command(
+        file_commands.convert,
+        "turn a Hugging Face or orbax folder into a GGUF file, or back",
+        ("input", "out"),
+    ),
+    "split": _Command(file_commands.split, "write a GGUF file as several", ("input", "prefix")),
+    "merge": _Command(file_commands.merge, "write a split GGUF file as one", ("first", "out")),
+    "diff": _Command(file_commands.diff, "print how far two GGUF files are apart", ("first", "second")),
     "ser-sweep": _Command(commands.ser_sweep, "measure what dropping experts costs and saves", ("model",)),
     "train": _Command(commands.train, "train the packaged model on Python's own sources"),
 }

@@ -1,12 +1,24 @@
 """What each command on files does with its flags; no model is run."""
 
+import os
+import re
 import sys
 
 import checkpoints_tools
 from checkpoints_tools import check as check_lib
+from checkpoints_tools import convert as convert_lib
+from checkpoints_tools import diff as diff_lib
 from checkpoints_tools import quantize as quantize_lib
+from checkpoints_tools import split as split_lib
+from checkpoints_tools.gguf_file import open_gguf
+from checkpoints_tools.inspect import columns
+from checkpoints_tools.model_file import check_model
 from mla_jax.cli import paths
+from mla_jax.cli.argv import UsageError
 from mla_jax.config import RunConfig
+
+_SIZE = re.compile(r"([0-9]{1,15})([KMG]?)B?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def inspect(values):
@@ -46,6 +58,118 @@ def quantize(values):
         return
     chosen = quantize_lib.quantize(values.input, out, **settings)
     _tell(f"{chosen.summary()}\nwrote {out}")
+
+
+def convert(values):
+    """Writes a folder of another kind as a GGUF file, or a GGUF file as such a folder."""
+    is_folder = os.path.isdir(values.input)
+    to = values.to or ("gguf" if is_folder else "safetensors")
+    if not is_folder and values.out.endswith(".gguf"):
+        raise UsageError(
+            "OUT must be a folder if INPUT is a GGUF file; to change the types in it use quantize."
+        )
+    if is_folder != (to == "gguf"):
+        wanted = "folder" if to == "gguf" else "GGUF file"
+        raise UsageError(f"INPUT must be a {wanted} to be converted to {to}, got {values.input!r}.")
+    is_checkpoint = is_folder and os.path.exists(os.path.join(values.input, "config.json"))
+    uses = {"type": is_checkpoint, "keep_nextn": is_checkpoint, "dtype": to == "safetensors"}
+    for name, is_used in uses.items():
+        if values[name].present and not is_used:
+            raise UsageError(f"--{name.replace('_', '-')} has no effect on this conversion.")
+    if is_checkpoint:
+        _from_checkpoint(values)
+    elif not is_folder:
+        _to_folder(values, to)
+    elif os.path.exists(os.path.join(values.input, "gguf.json")):
+        _from_orbax(values)
+    else:
+        raise UsageError(
+            "INPUT must be a folder with a config.json, of Hugging Face, or a gguf.json, from convert, "
+            f"got {values.input!r}."
+        )
+
+
+def split(values):
+    """Writes a file as parts."""
+    paths.output_file("PREFIX", values.prefix)
+    limits = dict(max_bytes=_num_bytes(values.max_size), max_tensors=values.max_tensors)
+    if not values.dry_run:
+        parts = split_lib.split(values.input, values.prefix, **limits)
+        _tell("\n".join(f"wrote {part}" for part in parts))
+        return
+    rows = [("part", "tensors", "bytes")]
+    for part, infos in split_lib.plan(open_gguf(values.input), values.prefix, **limits).items():
+        rows.append((part, str(len(infos)), f"{sum(info.num_bytes for info in infos):,}"))
+    _write(columns(rows))
+
+
+def merge(values):
+    """Writes the parts of a split file as one."""
+    out = paths.output_file("OUT", values.out)
+    if values.dry_run:
+        _write(_totals(open_gguf(values.first).tensors, out))
+        return
+    split_lib.merge(values.first, out)
+    _tell(f"wrote {out}")
+
+
+def diff(values):
+    """Prints how far the tensors of two files are apart."""
+    _write(diff_lib.table(diff_lib.diff(values.first, values.second)))
+
+
+def _from_checkpoint(values):
+    out, settings = paths.output_file("OUT", values.out), dict(type=values.type, keep_nextn=values.keep_nextn)
+    if values.dry_run:
+        chosen = convert_lib.plan(values.input, **settings)
+        _write(f"{chosen.table()}\n\n{chosen.summary()}")
+        return
+    chosen = convert_lib.to_gguf(values.input, out, **settings)
+    _tell(f"{chosen.summary()}\nwrote {out}")
+
+
+def _from_orbax(values):
+    from checkpoints_tools import orbax_files  # orbax takes half a second to import: not for other commands
+
+    out = paths.output_file("OUT", values.out)
+    if values.dry_run:
+        _write(_totals(orbax_files.load_orbax(values.input).file_tensors, out))
+        return
+    orbax_files.from_orbax(values.input, out)
+    _tell(f"wrote {out}")
+
+
+def _to_folder(values, to):
+    out = paths.output_folder("OUT", values.out)
+    if values.dry_run:
+        file = open_gguf(values.input)
+        check_model(file)
+        _write(_totals(file.tensors, out))
+        return
+    if to == "orbax":
+        from checkpoints_tools import orbax_files  # as above
+
+        orbax_files.to_orbax(values.input, out)
+    else:
+        from checkpoints_tools import export as export_lib
+
+        export_lib.to_safetensors(values.input, out, dtype=values.dtype)
+    _tell(f"wrote {out}")
+
+
+def _totals(tensors, out):
+    num_bytes = sum(info.num_bytes for info in tensors.values())
+    return f"{len(tensors)} tensors of {num_bytes:,} bytes would be written to {out}"
+
+
+def _num_bytes(text):
+    """Returns the number that "4G" or "500M" means, in units of thousands as in llama-gguf-split, or None."""
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text)
+    if match is None or int(match[1]) == 0:
+        raise UsageError(f"--max-size must be a positive whole number with K, M or G after it, got {text!r}.")
+    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 def _write(text):

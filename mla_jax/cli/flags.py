@@ -50,6 +50,8 @@ ALIASES = {
     "muge": "merge_up_gate_experts",
     "gr": "graph_reuse",
     "custom_q": "custom",
+    "split_max_size": "max_size",
+    "split_max_tensors": "max_tensors",
 }
 
 _NOT_YET = "it has no effect in this version."
@@ -239,6 +241,39 @@ def _quantize(own):
     _dry_run(own)
 
 
+def _convert(own):
+    flags.DEFINE_string("input", None, "folder of a checkpoint, or GGUF file.", **own)
+    flags.DEFINE_string("out", None, "GGUF file to write, or folder.", **own)
+    kinds = ["gguf", "safetensors", "orbax"]
+    flags.DEFINE_enum("to", None, kinds, "gguf, safetensors or orbax; without it, gguf of a folder.", **own)
+    flags.DEFINE_string("type", "bf16", "of weight matrices in a GGUF file, as for quantize.", **own)
+    flags.DEFINE_boolean("keep_nextn", True, "keep layers that predict a second token.", **own)
+    dtypes = ["bfloat16", "float16", "float32"]
+    flags.DEFINE_enum("dtype", "bfloat16", dtypes, "of safetensors: float32, float16 or bfloat16.", **own)
+    _dry_run(own)
+
+
+def _split(own):
+    flags.DEFINE_string("input", None, "GGUF file to read, or the first part of a split one.", **own)
+    flags.DEFINE_string("prefix", None, "path of the parts: PREFIX-00001-of-0000N.gguf.", **own)
+    flags.DEFINE_string("max_size", None, "bytes of tensors in a part: 4G, 500M, ...", **own)
+    flags.DEFINE_integer(
+        "max_tensors", None, "tensors in a part; 128 if there is no --max-size.", lower_bound=1, **own
+    )
+    _dry_run(own)
+
+
+def _merge(own):
+    flags.DEFINE_string("first", None, "first part of a split GGUF file.", **own)
+    flags.DEFINE_string("out", None, "GGUF file to write.", **own)
+    _dry_run(own)
+
+
+def _diff(own):
+    flags.DEFINE_string("first", None, "GGUF file that errors are relative to.", **own)
+    flags.DEFINE_string("second", None, "GGUF file to compare with it.", **own)
+
+
 def _dry_run(own):
     flags.DEFINE_boolean("dry_run", False, "print what would be written, and write nothing.", **own)
 
@@ -246,10 +281,11 @@ def _dry_run(own):
 def command_flags(command: str) -> flags.FlagValues:
     """Returns the flags of `command` at their defaults, in the order that help shows."""
     values = flags.FlagValues()
-    if command == "train":
+    on_files = {"quantize": _quantize, "convert": _convert, "split": _split, "merge": _merge, "diff": _diff}
+    if command in on_files:
+        on_files[command](dict(flag_values=values))
+    elif command == "train":
         _train(values)
-    elif command == "quantize":
-        _quantize(dict(flag_values=values))
     else:
         _model(values)
     if command == "generate":

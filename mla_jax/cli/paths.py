@@ -1,5 +1,6 @@
-"""Files that a command line names for writing, checked before any work is done for them."""
+"""Files and folders that a command line names for writing, checked before any work is done for them."""
 
+import os
 import pathlib
 
 from mla_jax.cli.argv import UsageError
@@ -18,4 +19,17 @@ def output_file(written: str, value: str) -> pathlib.Path:
     path = pathlib.Path(value)
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise UsageError(f"{written} must be a file in a folder that exists, got {value!r}.")
+    return path
+
+
+def output_folder(written: str, value: str) -> pathlib.Path:
+    """Returns the path of a folder to be written; arguments as for `output_file`.
+
+    Raises:
+      UsageError: if the folder above does not exist, or this one exists and is not empty.
+    """
+    path = pathlib.Path(value)
+    is_free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+    if not path.parent.is_dir() or not is_free:
+        raise UsageError(f"{written} must be a new or empty folder in one that exists, got {value!r}.")
     return path

@@ -189,7 +189,7 @@ def test_a_refused_flag_is_never_suggested():
 
 
 def test_every_alias_leads_somewhere():
-    commands = ("generate", "chat", "train", "quantize")
+    commands = ("generate", "chat", "train", "quantize", "split")
     known = {flag for command in commands for flag in flags_lib.command_flags(command)}
     refused = {key.partition("=")[0] for key in flags_lib.REFUSED}
     assert set(flags_lib.ALIASES.values()) <= known | refused

@@ -19,7 +19,8 @@ from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from mla_jax import generate, steps
 from mla_jax.cli import commands
 
-COMMANDS = ("generate", "chat", "inspect", "plan", "check", "quantize", "ser-sweep", "train")
+COMMANDS = ("generate", "chat", "inspect", "plan", "check", "quantize", "convert", "split", "merge", "diff")
+COMMANDS += ("ser-sweep", "train")
 SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",

@@ -13,9 +13,12 @@ import time
 
 import numpy as np
 import pytest
+from hf_folder import write_folder
 from synthetic import write_deepseek2
 
 import mla_jax
+from checkpoints_tools import convert as convert_lib
+from checkpoints_tools import diff as diff_lib
 from checkpoints_tools import quantize as quantize_lib
 from checkpoints_tools.gguf_file import open_gguf
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
@@ -104,6 +107,43 @@ def test_quantised_weights_are_encoded_anew_only_with_leave(run, path, tmp_path)
             "{folder}/absent.gguf: cannot be read: No such",
         ),
         ("quantize {folder} {folder}/out.gguf f16", "{folder}: cannot be read: Is a directory."),
+        ("split {path} {folder}/absent/part", "PREFIX must be a file in a folder that exists, got"),
+        (
+            "split {path} {folder}/part --max-size 0",
+            "--max-size must be a positive whole number with K, M or G",
+        ),
+        (
+            "split {path} {folder}/part --max-size 4X",
+            "--max-size must be a positive whole number with K, M or",
+        ),
+        ("split {path} {folder}/part --max-tensors 0", "--max-tensors must be a positive integer, got '0'."),
+        ("merge {path} {folder}", "OUT must be a file in a folder that exists, got"),
+        (
+            "merge {folder}/absent.gguf {folder}/out.gguf",
+            "{folder}/absent.gguf: cannot be read: No such file",
+        ),
+        (
+            "convert {path} {folder}/out.gguf",
+            "OUT must be a folder if INPUT is a GGUF file; to change the types",
+        ),
+        (
+            "convert {folder} {folder}/out.gguf --to orbax",
+            "INPUT must be a GGUF file to be converted to orbax",
+        ),
+        ("convert {path} {folder}/out --to gguf", "INPUT must be a folder to be converted to gguf, got"),
+        ("convert {path} {folder}/out --to orbax --type f16", "--type has no effect on this conversion."),
+        (
+            "convert {path} {folder}/out --to orbax --dtype float16",
+            "--dtype has no effect on this conversion.",
+        ),
+        ("convert {path} {folder}/absent/out", "OUT must be a new or empty folder in one that exists, got"),
+        ("convert {path} {path}", "OUT must be a folder if INPUT is a GGUF file"),
+        (
+            "convert {folder} {folder}/out.gguf",
+            "INPUT must be a folder with a config.json, of Hugging Face,",
+        ),
+        ("diff {path}", "SECOND must be given: mla-jax diff FIRST SECOND [FLAGS]."),
+        ("diff {path} {folder}/absent.gguf", "{folder}/absent.gguf: cannot be read: No such file"),
         ("check {folder}/absent.gguf", "{folder}/absent.gguf: cannot be read: No such file"),
     ],
 )
@@ -146,6 +186,68 @@ def test_check_of_a_bad_file_names_the_tensors(run, path, tmp_path):
     assert (code, out) == (2, "") and len(problems) == 2
     assert "tensor 'output.weight' of type f32" in problems[0] and "value 7, in row 0" in problems[0]
     assert "tensor 'blk.0.ffn_gate.weight'" in problems[1]
+
+
+@pytest.mark.parametrize(
+    "limits, num_parts",
+    [
+        ("--max-tensors 10", 4),
+        ("--split-max-tensors=10", 4),
+        ("--max-size 300K", 3),
+        ("--split-max-size 300kb", 3),
+        ("--max-size 1G", 1),
+        ("--max-size 300000 --max-tensors 10", 4),
+        ("", 1),
+    ],
+)
+def test_split_and_merge(run, path, tmp_path, limits, num_parts):
+    prefix, out = tmp_path / "part", tmp_path / "merged.gguf"
+    code, stdout, _ = run("split", path, prefix, *limits.split(), "--dry-run")
+    assert code == 0 and list(tmp_path.iterdir()) == []
+    assert [line.split()[0] for line in stdout.splitlines()[1:]] == [
+        f"{prefix}-{number:05}-of-{num_parts:05}.gguf" for number in range(1, num_parts + 1)
+    ]
+    code, stdout, err = run("split", path, prefix, *limits.split())
+    parts = sorted(tmp_path.iterdir())
+    assert (code, stdout) == (0, "") and len(parts) == num_parts
+    assert all(f"wrote {part}\n" in err for part in parts)
+    code, stdout, _ = run("merge", parts[0], out, "--dry-run")
+    assert code == 0 and f" bytes would be written to {out}\n" in stdout and not out.exists()
+    assert run("merge", parts[0], out)[0] == 0
+    assert out.read_bytes() == path.read_bytes()
+
+
+def test_convert_of_a_checkpoint(run, tmp_path):
+    folder, out = tmp_path / "hf", tmp_path / "out.gguf"
+    write_folder(folder, layers=2)
+    code, stdout, err = run("convert", folder, out, "--type", "q8_0", "--dry-run")
+    chosen = convert_lib.plan(folder, type="q8_0")
+    assert (code, stdout, err) == (0, f"{chosen.table()}\n\n{chosen.summary()}\n", "") and not out.exists()
+    code, stdout, err = run("convert", folder, out, "--type", "Q8_0")
+    assert (code, stdout) == (0, "") and f"{chosen.summary()}\nwrote {out}\n" in err
+    assert _types(out) == {row.name: row.type_name for row in chosen.rows}
+    assert run("convert", folder, out, "--to", "gguf")[0] == 0
+    assert _types(out)["output.weight"] == "bf16"
+
+
+def test_convert_to_orbax_and_back(run, path, tmp_path):
+    folder, out = tmp_path / "orbax", tmp_path / "out.gguf"
+    code, stdout, _ = run("convert", path, folder, "--to", "orbax", "--dry-run")
+    assert code == 0 and f"bytes would be written to {folder}\n" in stdout and not folder.exists()
+    assert run("convert", path, folder, "--to", "orbax")[0] == 0
+    code, stdout, _ = run("convert", folder, out, "--dry-run")
+    assert code == 0 and f"bytes would be written to {out}\n" in stdout and not out.exists()
+    assert run("convert", folder, out)[0] == 0
+    assert out.read_bytes() == path.read_bytes()
+
+
+def test_diff_of_two_files(run, path, tmp_path):
+    run("quantize", path, tmp_path / "q8_0.gguf", "q8_0")
+    code, stdout, _ = run("diff", path, tmp_path / "q8_0.gguf")
+    assert code == 0 and stdout == diff_lib.table(diff_lib.diff(path, tmp_path / "q8_0.gguf")) + "\n"
+    assert "blk.1.ffn_down_exps.weight" in stdout and "q8_0" in stdout
+    code, stdout, _ = run("diff", "--first", path, "--second", path)
+    assert code == 0 and stdout.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +322,36 @@ def test_a_killed_run_leaves_the_old_file_or_the_new_one(large, start, tmp_path)
             entry.unlink()
     print(outcomes)
     assert (-signal.SIGKILL, False) in outcomes and num_leftover > 0
+
+
+_PEAK = """
+import re, sys
+from mla_jax.cli import main
+code = main(sys.argv[1:])
+with open("/proc/self/status") as file:
+    print(re.search(r"VmHWM:\\s+(\\d+) kB", file.read())[1])
+sys.exit(code)
+"""
+
+
+def _peak_bytes(*args):
+    """Returns the largest resident memory of `mla-jax ARGS` in a process of its own."""
+    root = str(pathlib.Path(mla_jax.__file__).parent.parent)
+    command = [sys.executable, "-c", _PEAK, *map(str, args)]
+    variables = os.environ | {"PYTHONPATH": root}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True, timeout=300)
+    return 1024 * int(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_memory_is_that_of_a_tensor_and_not_of_the_file(path, tmp_path):
+    source, out = tmp_path / "in.gguf", tmp_path / "out.gguf"
+    sizes = dict(embed=1024, ff=1024, ff_exp=1024)
+    write_deepseek2(source, size="full", sizes=sizes, layers=2, experts=24, weight_type="F16")
+    largest = max(info.num_bytes for info in open_gguf(source).tensors.values())
+    grown = _peak_bytes("quantize", source, out, "q8_0") - _peak_bytes("quantize", path, out, "q8_0")
+    print(f"{source.stat().st_size:,} bytes, largest tensor {largest:,}: {grown:,} bytes of memory")
+    assert grown < largest + 50e6 < source.stat().st_size - 70e6
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
