@@ -20,7 +20,7 @@ from mla_jax import quant
 from mla_jax.config import ModelConfig
 from mla_jax.quant import QuantizedTensor
 
-_PIECE_BYTES = 1 << 24  # of interleaved tensors, which are taken apart in pieces to hold them once
+_PIECE_BYTES = 1 << 22  # of interleaved tensors, taken apart piece by piece so that they are held once
 _PLAIN_DTYPES = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 def load_gguf(path: str | os.PathLike, progress: Progress | None = None) -> Checkpoint:
-    """Loads a deepseek2 GGUF file; weights stay in their blocks.
+    """Loads a deepseek2 GGUF file; weights stay in their blocks, interleaved rows are taken apart.
 
     Everything is checked before the first weight is read. The bytes are held once: on the CPU, JAX adopts the
     buffers they were read into.

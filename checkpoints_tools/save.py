@@ -18,7 +18,7 @@ from mla_jax import quant
 from mla_jax.config import ModelConfig
 from mla_jax.quant import QuantizedTensor
 
-_PIECE_BYTES = 1 << 24  # of interleaved tensors, made one after another
+_PIECE_BYTES = 1 << 22  # of interleaved tensors, made one after another
 _PLAIN_TYPES = {"float32": IDS["f32"], "float16": IDS["f16"], "bfloat16": IDS["bf16"]}
 
 

@@ -179,7 +179,7 @@ def test_twins_are_one_model(tmp_path, kv):
         assert kept.ggml_type == IDS[types[name]]
 
 
-@pytest.mark.parametrize("piece_bytes", [1 << 24, 1], ids=["whole", "pieces"])
+@pytest.mark.parametrize("piece_bytes", [1 << 22, 1], ids=["whole", "pieces"])
 @pytest.mark.parametrize("kv", ["both", "k_b_v_b_2d"])
 def test_save_gives_the_same_file(tmp_path, kv, piece_bytes, monkeypatch):
     write_twins(tmp_path, kv=kv)
@@ -206,7 +206,7 @@ def test_other_rows_are_saved_as_they_are(tmp_path):
         assert (found.type_name, found.shape) == (kind, new.shape)
 
 
-@pytest.mark.parametrize("piece_bytes", [1 << 24, 1], ids=["whole", "pieces"])
+@pytest.mark.parametrize("piece_bytes", [1 << 22, 1], ids=["whole", "pieces"])
 def test_rows_are_read_alone(tmp_path, piece_bytes, monkeypatch):
     types = write_twins(tmp_path)
     monkeypatch.setattr(load, "_PIECE_BYTES", piece_bytes)
