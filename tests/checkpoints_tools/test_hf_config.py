@@ -1,12 +1,13 @@
 """`config.json` <-> `ModelConfig`: published models come back the same, what cannot be said is refused."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
 
 from checkpoints_tools import GGUFError, hf_config, hparams
-from mla_jax.config import ModelConfig
+from mla_jax.config import ModelConfig, RopeConfig
 from mla_jax.presets import PRESETS
 
 # As published, but for keys that say nothing about the network.
@@ -160,6 +161,42 @@ def test_a_given_attention_factor_goes_before_mscale(rope, scaling):
     assert hf_config.from_json(values, "config.json").model.rope.yarn_log_multiplier == pytest.approx(scaling)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(scaling="yarn", factor=40.0, original_context_length=4096),
+        RopeConfig(scaling="linear", factor=4.0, base=50000.0),
+    ],
+    ids=lambda rope: rope.scaling,
+)
+def test_rotations_that_no_published_model_has(rope):
+    config = dataclasses.replace(PRESETS["deepseek-v3"], rope=rope)
+    assert hf_config.from_json(hf_config.to_json(config), "config.json").model == config
+
+
+def test_greedy_selection_has_no_groups():
+    """As in DeepSeek-V2-Lite, whatever the other keys say."""
+    values = hf_config.to_json(PRESETS["deepseek-v2"]) | dict(topk_method="greedy")
+    moe = hf_config.from_json(values, "config.json").model.moe
+    assert values["n_group"] == 8 and moe.num_groups == moe.num_groups_used == 1
+
+
+@pytest.mark.parametrize(
+    "part, changes",
+    [
+        ("moe", dict(has_selection_bias=False)),
+        ("moe", dict(gating="softmax")),
+        ("moe", dict(gating="softmax", has_selection_bias=False)),
+        ("rope", dict(attention_factor=2.0)),
+    ],
+)
+def test_what_no_checkpoint_can_say(part, changes):
+    config = PRESETS["deepseek-v3"]
+    config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **changes)})
+    with pytest.raises(ValueError, match=r"^\w+ must be .* in a checkpoint"):
+        hf_config.to_json(config)
+
+
 def test_experts_may_be_absent():
     values = GLM_FLASH | dict(n_routed_experts=None)
     config = hf_config.from_json(values, "config.json").model
@@ -195,6 +232,14 @@ MISTAKES = {
     "rotated parts rescaled": (
         dict(rope_scaling=DEEPSEEK_V3["rope_scaling"] | dict(mscale=0.707)),
         "rope_scaling.mscale",
+    ),
+    "linear scaling with a temperature": (
+        dict(rope_scaling=dict(type="linear", factor=2.0, mscale_all_dim=1.0)),
+        "rope_scaling.mscale_all_dim",
+    ),
+    "YaRN that does not round": (
+        dict(rope_scaling=DEEPSEEK_V3["rope_scaling"] | dict(truncate=False)),
+        "rope_scaling.truncate",
     ),
     "a YaRN without mscale": (
         dict(rope_scaling=DEEPSEEK_V3["rope_scaling"] | dict(mscale=0, mscale_all_dim=0)),

@@ -12,6 +12,7 @@ from hf_folder import write_json
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from checkpoints_tools import GGUFError
+from checkpoints_tools.gguf_metadata import Metadata
 from checkpoints_tools.hf_tokenizer import tokenizer_metadata
 from mla_jax import pretokenize
 from mla_jax.tokenizer import BYTE_CHARACTERS, Tokenizer, Vocabulary
@@ -183,6 +184,12 @@ def test_chat_templates(tmp_path, files, template):
         else:
             (tmp_path / name).write_text(content, encoding="utf-8")
     assert tokenizer_metadata(tmp_path, VOCAB_SIZE).get("tokenizer.chat_template") == template
+
+
+def test_a_tokenizer_without_merges(tmp_path):
+    _broken(model=dict(merges=[]))(tmp_path)
+    values = Metadata.of(tokenizer_metadata(tmp_path, VOCAB_SIZE))
+    assert values["tokenizer.ggml.merges"] == [] and values.fields["tokenizer.ggml.merges"].count == 0
 
 
 def test_a_folder_may_have_no_tokenizer(tmp_path):
