@@ -16,9 +16,7 @@ from checkpoints_tools.interleaved_layouts import LAYOUTS, Layout
 
 _CHUNK_BYTES = 1 << 18  # moved at a time, so that what is made on the way stays in the processor's cache
 _GAP = 16  # columns without use that are cheaper than a term more
-_SUM_BYTES = {
-    "q8_KV_r8": 4
-}  # the header of the base ends in the sum of the codes, the interleaved one does not
+_SUM_BYTES = {"q8_KV_r8": 4}  # only the header of the base ends in the sum of the codes
 
 
 class Base(NamedTuple):

@@ -4,7 +4,8 @@ A field is an array of bit positions [numbers, bits of a number], the lowest bit
 byte p // 8. The fields of a block have every bit of it once. Interleaved blocks hold one block of each row of
 a group, so that their fields have an axis of rows in front: [rows, numbers, bits].
 
-Letters: `k` row in the group; `e` weight in the block, `b` its run of 32, `r` its place there; `s` run of 16.
+Letters: `k` row in the group, `e` weight in the block, `b` its run of 32 and `r` its place there, `s` run of
+16, `d` scale of the block.
 
 Source: the formats as ik_llama.cpp decodes them (`iqk_quantize.cpp`), and as the package `gguf` does.
 """
@@ -146,14 +147,17 @@ def _iqk_bases() -> dict[str, Fields]:
     }
 
 
+def _sign_words(byte: int, step: int) -> Fields:
+    """Returns the fields of 8 words, `step` bytes apart: 7 signs of each group of 8 weights, and a scale."""
+    signs = _at(byte + _E32 // 4 * step, _E32 % 4 * 7, 7)
+    return {"signs": signs, "scales": _at(byte + _RUNS8 * step, 28, 4)}
+
+
 def _grid_bases() -> dict[str, Fields]:
     """Returns the fields of the formats that pick from tables of 8 or 4 numbers."""
     s, b, g, four = _RUNS16, _RUNS8, _E32, _E64  # g: groups of 8 weights; four: groups of 4
-    word_of = lambda byte, step: (
-        {"scales": _at(byte + step * b, 28, 4)} | {"signs": _at(byte + step * (g // 4), g % 4 * 7, 7)}
-    )
     return {
-        "iq2_xxs": {"d": _D, "indices": _at(2 + g // 4 * 8 + g % 4, 0, 8)} | word_of(6, 8),
+        "iq2_xxs": {"d": _D, "indices": _at(2 + g // 4 * 8 + g % 4, 0, 8)} | _sign_words(6, 8),
         "iq2_xs": {
             "d": _D,
             "indices": _at(2 + 2 * g, 0, 9),
@@ -166,7 +170,7 @@ def _grid_bases() -> dict[str, Fields]:
             "signs": _at(34 + g, 0, 8),
             "scales": _scale_nibbles(74, s),
         },
-        "iq3_xxs": {"d": _D, "indices": _at(2 + four, 0, 8)} | word_of(66, 4),
+        "iq3_xxs": {"d": _D, "indices": _at(2 + four, 0, 8)} | _sign_words(66, 4),
         "iq3_s": {
             "d": _D,
             "indices": _join(_at(2 + four, 0, 8), _at(66, four, 1)),
@@ -205,6 +209,7 @@ def _split_scales(low: int, high: int, places: np.ndarray) -> np.ndarray:
 
 
 def _short_fields() -> dict[str, Fields]:
+    """Returns the interleaved fields of the formats in `_short_bases`."""
     k4, k8, k16 = _K4, _K8, _K16
     part = _E32 // 4
     l, n = part // 4 + part % 2 * 2, part // 2 % 2  # byte and nibble of `_nibbles_of_four`
@@ -235,6 +240,7 @@ def _short_fields() -> dict[str, Fields]:
 
 
 def _k_fields() -> dict[str, Fields]:
+    """Returns the interleaved fields of the formats in `_k_bases`."""
     run, half_run = 4 * _RUNS8 + _K4, 4 * _RUNS16 + _K4
     d, d_and_min = _at(2 * _K4, 0, 16), _at(2 * _K4 + np.array([0, 8]), 0, 16)
     scales = _join(_at(32 + run, 0, 4), _at(16 + run % 16, run // 16 * 4, 2))
@@ -259,6 +265,7 @@ def _k_fields() -> dict[str, Fields]:
 
 
 def _iqk_fields() -> dict[str, Fields]:
+    """Returns the interleaved fields of the formats in `_iqk_bases`."""
     run, half_run = 4 * _RUNS8 + _K4, 4 * _RUNS16 + _K4
     shared = {"d": _at(2 * _K4, 0, 16), "table": _at(8 + _K4 + _RUNS16 % 2 * 4, _RUNS16 // 2, 1)}
     four_bits = lambda byte: _at(byte + half_run % 32, half_run // 32 * 4, 4)
@@ -292,10 +299,11 @@ def _iqk_fields() -> dict[str, Fields]:
 
 
 def _grid_fields() -> dict[str, Fields]:
+    """Returns the interleaved fields of those in `_grid_bases`; a byte of a word has a bit of a scale."""
     k, d = _K4, _at(2 * _K4, 0, 16)
     run = 4 * _RUNS8 + k
     eights = _E32 // 4 * 16 + 4 * k + _E32 % 4
-    fours, four = _E64 // 8 * 32 + k, _E64 % 8
+    run64, four = _E64 // 8, _E64 % 8
     run_scales = lambda byte: _at(byte + _RUNS16 // 2 * 4 + k, _RUNS16 % 2 * 4, 4)
     words = {
         "scales": _at(8 + 4 * run, 0, 25)[..., ::8],
@@ -315,12 +323,12 @@ def _grid_fields() -> dict[str, Fields]:
             "signs": _at(168 + eights, 0, 8),
             "scales": run_scales(296),
         },
-        "iq3_xxs_r4": {"d": d, "indices": _at(136 + _E64 // 8 * 32 + 8 * k + four, 0, 8)} | words,
+        "iq3_xxs_r4": {"d": d, "indices": _at(136 + 32 * run64 + 8 * k + four, 0, 8)} | words,
         "iq3_s_r4": {
             "d": d,
             "indices": _join(
-                _at(8 + fours + four % 4 * 8 + four // 4 * 4, 0, 8),
-                _at(264 + _E64 // 8 * 4 + k, four, 1),
+                _at(8 + 32 * run64 + k + four % 4 * 8 + four // 4 * 4, 0, 8),
+                _at(264 + 4 * run64 + k, four, 1),
             ),
             "signs": _at(296 + 16 * _B + 4 * k + _E256 % 4, _R // 4, 1),
             "scales": _at(424 + run % 16, run // 16 * 4, 4),
