@@ -2,7 +2,8 @@
 
 `load_gguf` turns a file into a `Checkpoint`, `save_gguf` turns it back byte by byte, `export_gguf` writes a
 model that was trained here. Below them lie the container (`gguf_file`, `gguf_metadata`, `gguf_writer`), which
-knows no model, and the model's side of it (`names`, `hparams`, `layout`).
+knows no model, and the model's side of it (`names`, `hparams`, `layout`). What is done to whole files are
+modules of their own: `check`, `convert`, `diff`, `export`, `orbax_files`, `quantize` and `split`.
 """
 
 from checkpoints_tools.gguf_file import GGUFError, open_gguf

@@ -8,7 +8,8 @@ from typing import Any
 from checkpoints_tools.gguf_file import GGUFError, GGUFFile, open_gguf
 from checkpoints_tools.gguf_metadata import Field
 from checkpoints_tools.model_file import check_model
-from mla_jax.config import ModelConfig
+from mla_jax.cache import bytes_per_token
+from mla_jax.config import ModelConfig, RunConfig
 
 _MAX_ELEMENTS = 6  # of an array that are shown
 _MAX_TEXT = 60
@@ -45,7 +46,7 @@ def _summary(file: GGUFFile) -> str:
     ]
     try:
         config, _ = check_model(file)
-        rows += _sizes(config)
+        rows += [*_sizes(config), ("memory", _memory(config, num_bytes))]
     except GGUFError as error:
         rows.append(("cannot be run", str(error).removeprefix(f"{file.path}: ")))
     return columns(rows)
@@ -90,6 +91,14 @@ def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
             f"{config.num_layers * heads * _CACHE_BYTES:,} bytes of keys and values (mla 0)",
         ),
     ]
+
+
+def _memory(config: ModelConfig, num_bytes: int) -> str:
+    cache = bytes_per_token(config, RunConfig()) * config.context_length
+    return (
+        f"{num_bytes / 2**20:,.1f} MiB of weights, {cache / 2**20:,.1f} MiB of cache for all "
+        f"{config.context_length:,} tokens"
+    )
 
 
 def _keys(file: GGUFFile) -> str:

@@ -4,6 +4,8 @@ import os
 import re
 import sys
 
+import jax
+
 import checkpoints_tools
 from checkpoints_tools import check as check_lib
 from checkpoints_tools import convert as convert_lib
@@ -34,6 +36,7 @@ def plan(values):
 
 def check(values):
     """Reads a whole file; prints what was checked, or on stderr what is wrong, which is exit code 2."""
+    _use_the_cpu()
     findings = check_lib.check(values.model)
     for problem in findings.problems:
         _tell(f"mla-jax: {problem}")
@@ -44,6 +47,7 @@ def check(values):
 
 def quantize(values):
     """Writes a file with its weights in another type, or prints the plan of it."""
+    _use_the_cpu()
     out = paths.output_file("OUT", values.out)
     rules = list(values.custom)
     for name, pattern in (("output_tensor_type", "output"), ("token_embedding_type", "token_embd")):
@@ -62,6 +66,7 @@ def quantize(values):
 
 def convert(values):
     """Writes a folder of another kind as a GGUF file, or a GGUF file as such a folder."""
+    _use_the_cpu()
     is_folder = os.path.isdir(values.input)
     to = values.to or ("gguf" if is_folder else "safetensors")
     if not is_folder and values.out.endswith(".gguf"):
@@ -115,7 +120,13 @@ def merge(values):
 
 def diff(values):
     """Prints how far the tensors of two files are apart."""
+    _use_the_cpu()
     _write(diff_lib.table(diff_lib.diff(values.first, values.second)))
+
+
+def _use_the_cpu():
+    """Leaves a GPU alone, whose memory may be in use: weights would have to be sent there and back."""
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _from_checkpoint(values):

@@ -5,6 +5,7 @@ from synthetic import write_deepseek2
 
 import checkpoints_tools
 from checkpoints_tools.ggml_types import IDS
+from checkpoints_tools.gguf_file import open_gguf
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 
 
@@ -20,6 +21,9 @@ def test_a_model(tmp_path):
     assert "3 of 8 by sigmoid, best 2 of 4 groups, 1 shared, hidden 128" in text
     assert f"{3 * (512 + 64) * 2:,} bytes of latent" in text
     assert f"{3 * 4 * (192 + 128) * 2:,} bytes of keys and values" in text
+    cache = 3 * (512 + 64) * 2 * 4096 / 2**20
+    num_bytes = sum(info.num_bytes for info in open_gguf(tmp_path / "a.gguf").tensors.values())
+    assert f"{num_bytes / 2**20:,.1f} MiB of weights, {cache:.1f} MiB of cache for all 4,096 tokens" in text
     rows = _rows(text)
     assert rows["architecture"] == ["deepseek2"]
     assert 8.5 < float(rows["bits"][2]) < 8.7

@@ -8,7 +8,6 @@ import sys
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from synthetic import write_deepseek2
 
 import checkpoints_tools
@@ -21,27 +20,11 @@ from mla_jax.cli import commands
 
 COMMANDS = ("generate", "chat", "inspect", "plan", "check", "quantize", "convert", "split", "merge", "diff")
 COMMANDS += ("ser-sweep", "train")
-SETTINGS = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_persistent_cache_min_entry_size_bytes",
-    "jax_platforms",
-)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def jax_settings():
-    """Puts back what the command sets for its own process."""
-    before = {name: getattr(jax.config, name) for name in SETTINGS}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
