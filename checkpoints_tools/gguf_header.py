@@ -129,21 +129,27 @@ class _Reader:
         at = offset - self._base
         if at < 0 or at + count > len(self._window):
             self.file.seek(offset)
-            self._window, self._base, at = self.file.read(max(count, _WINDOW_BYTES)), offset, 0
+            self._window = self.file.read(min(max(count, _WINDOW_BYTES), self.size - offset))
+            self._base, at = offset, 0
             if len(self._window) < count:
                 raise self.fail(f"{count} bytes were there, only {len(self._window)} could be read.", offset)
         return self._window, at
 
     def take(self, count: int, what: str) -> tuple[bytes, int]:
         """Moves past `count` bytes; returns the window they are in and where in it they begin."""
+        window, at = self._window, self.offset - self._base
+        if at < 0 or at + count > len(window):
+            self._check(count, what)
+            window, at = self.window_at(self.offset, count)
+        self.offset += count
+        return window, at
+
+    def _check(self, count: int, what: str) -> None:
         left = self.size - self.offset
         if count > left:
             raise self.fail(f"{what} needs {count} bytes, {left} are left; the file is cut off or damaged.")
         if count > _MAX_VALUE_BYTES:
             raise self.fail(f"{what} must have at most {_MAX_VALUE_BYTES} bytes, got {count}.")
-        window, at = self.window_at(self.offset, count)
-        self.offset += count
-        return window, at
 
     def read(self, count: int, what: str) -> bytes:
         window, at = self.take(count, what)
