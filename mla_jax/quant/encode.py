@@ -1,27 +1,52 @@
 """Writes weights in the types of a GGUF file, when a model is exported or requantised."""
 
-import functools
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from mla_jax.quant import encode_legacy
+from mla_jax.quant import encode_iq4, encode_k, encode_legacy
 from mla_jax.quant.formats import FORMATS
 from mla_jax.quant.tensor import QuantizedTensor
 
 _CHUNK = 1 << 18  # weights at a time: 1 MiB of float32, so that a search over scales stays in the cache
+_LARGEST = 2.0**32  # no float16 scale reaches further, and its square times itself is finite in float32
 
 _PLAIN = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
-# Each takes float32[n, block_size] and importance of that shape or None, and returns uint8[n, block_bytes].
-_ENCODERS: dict[str, Callable] = {"q8_0": encode_legacy.encode_q8_0}
 
-ENCODABLE = (*_PLAIN, *_ENCODERS)  # names of the types that `encode` writes
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """Encodes blocks: float32[n, block_size], and importance of that shape or None, to uint8[n, bytes]."""
 
-_HALVES = {"q8_0": (0,)}  # where a block has float16 scales, which may overflow
+    function: Callable
+    halves: tuple[int, ...]  # where a block has float16 scales, which may overflow
+
+
+_ENCODERS: dict[str, _Encoder] = {
+    name: _Encoder(jax.jit(function), halves)
+    for name, function, halves in (
+        ("q8_0", encode_legacy.encode_q8_0, (0,)),
+        ("q4_0", encode_legacy.encode_q4_0, (0,)),
+        ("q4_1", encode_legacy.encode_q4_1, (0, 2)),
+        ("q5_0", encode_legacy.encode_q5_0, (0,)),
+        ("q5_1", encode_legacy.encode_q5_1, (0, 2)),
+        ("q6_0", encode_legacy.encode_q6_0, (0,)),
+        ("iq4_nl", encode_legacy.encode_iq4_nl, (0,)),
+        ("q2_K", encode_k.encode_q2_k, (80, 82)),
+        ("q3_K", encode_k.encode_q3_k, (108,)),
+        ("q4_K", encode_k.encode_q4_k, (0, 2)),
+        ("q5_K", encode_k.encode_q5_k, (0, 2)),
+        ("q6_K", encode_k.encode_q6_k, (208,)),
+        ("iq4_xs", encode_iq4.encode_iq4_xs, (0,)),
+    )
+}
+_fit_iq4_ks, _encode_iq4_ks = jax.jit(encode_iq4.fit_iq4_ks), jax.jit(encode_iq4.encode_iq4_ks)
+
+ENCODABLE = (*_PLAIN, *_ENCODERS, "iq4_ks")  # names of the types that `encode` writes
 
 
 def encode(
@@ -32,7 +57,7 @@ def encode(
     Args:
       array: float32[..., size], finite; size is a multiple of the type's block. Numbers below 2**-126 may
         count as zeros.
-      name: "f32", "f16", "bf16", or the name of a block format that has an encoder.
+      name: one of `ENCODABLE`.
       importance: float32, broadcastable to `array`, not negative: the weight of each squared error. Plain
         types and q8_0 need none and ignore it; None, or zeros alone, count all errors alike.
 
@@ -56,21 +81,27 @@ def encode(
     size = FORMATS[name].block_size
     if values.ndim == 0 or values.shape[-1] % size:
         raise ValueError(f"rows of {name} must be a multiple of {size} long, got {values.shape}.")
+    split = lambda rows: rows.reshape(*rows.shape[:-1], -1, size)
     weights = None if importance is None else _broadcast(importance, values.shape)
-    blocks = np.empty((*values.shape[:-1], values.shape[-1] // size, FORMATS[name].block_bytes), np.uint8)
-    done = blocks.reshape(-1, blocks.shape[-1])
-    for part, x, w in _chunks(values, weights, size):
-        _check_finite(x, name)
-        encoded = np.asarray(_encode_chunk(x, w, name))[: part.stop - part.start]
-        for start in _HALVES[name]:
-            _check_finite(encoded[:, start : start + 2].copy().view("<f2"), name)
-        done[part] = encoded
+    arrays = split(values), None if weights is None else split(weights)
+    if name == "iq4_ks":
+        return _encode_iq4_ks_rows(*arrays)
+    encoder = _ENCODERS[name]
+    blocks = _in_chunks(encoder.function, arrays, name, _LARGEST)
+    for start in encoder.halves:
+        _check_finite(blocks[..., start : start + 2].copy().view("<f2"), name)
     return QuantizedTensor(blocks=blocks, format=name)
 
 
-@functools.partial(jax.jit, static_argnames="name")
-def _encode_chunk(x: jax.Array, weights: jax.Array | None, name: str) -> jax.Array:
-    return _ENCODERS[name](x, weights)
+def _encode_iq4_ks_rows(values: np.ndarray, weights: np.ndarray | None) -> QuantizedTensor:
+    scale = _in_chunks(_fit_iq4_ks, (values, weights), "iq4_ks")
+    row_scale = np.abs(scale).max(axis=(-2, -1), initial=0.0) / np.float32(encode_iq4.HIGHEST_SCALE)
+    shape = (*values.shape[:-1], 1)
+    each = np.broadcast_to(row_scale[..., None, None], shape)
+    blocks = _in_chunks(_encode_iq4_ks, (values, weights, scale, each), "iq4_ks")
+    return QuantizedTensor(
+        blocks=blocks, header=row_scale[..., None].astype("<f4").view(np.uint8), format="iq4_ks"
+    )
 
 
 def _broadcast(importance: np.ndarray | jax.Array, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -87,23 +118,35 @@ def _broadcast(importance: np.ndarray | jax.Array, shape: tuple[int, ...]) -> np
     return view if importance.any() else None
 
 
-def _chunks(
-    values: np.ndarray, weights: np.ndarray | None, size: int
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray | None]]:
-    """Yields which blocks of how many there are, and float32[chunk, size] of each array, always as many.
+def _in_chunks(
+    function: Callable, arrays: Sequence[np.ndarray | None], name: str, largest: float = np.inf
+) -> np.ndarray:
+    """Applies a compiled function to blocks, always as many at once, so that it is compiled once.
 
-    The last chunk ends in copies of its last block, so that one compiled function serves all tensors.
+    Args:
+      function: from [n, ...] of each array to [n, k].
+      arrays: [..., size], [..., m] or None: weights, which are checked, and what belongs to each block.
+      name: type, for the message.
+      largest: what no weight may be beyond.
+
+    Returns:
+      [..., k]
     """
-    arrays = [a if a is None else a.reshape(*a.shape[:-1], -1, size) for a in (values, weights)]
-    lead = arrays[0].shape[:-1]
+    lead, size = arrays[0].shape[:-1], arrays[0].shape[-1]
     count, step = math.prod(lead), _CHUNK // size
+    shape = jax.eval_shape(
+        function, *(None if a is None else jax.ShapeDtypeStruct((1, a.shape[-1]), a.dtype) for a in arrays)
+    )
+    done = np.empty((count, shape.shape[-1]), shape.dtype)
     for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
+        # The last chunk ends in copies of its last block.
         index = np.unravel_index(np.minimum(np.arange(start, start + step), count - 1), lead)
-        x, w = (a if a is None else a[index] for a in arrays)
-        yield part, x, w
+        parts = [None if array is None else array[index] for array in arrays]
+        _check_finite(parts[0], name, largest)
+        done[start : start + step] = np.asarray(function(*parts))[: count - start]
+    return done.reshape(*lead, -1)
 
 
-def _check_finite(values: np.ndarray, name: str) -> None:
-    if not np.isfinite(values).all():
+def _check_finite(values: np.ndarray, name: str, largest: float = np.inf) -> None:
+    if not (np.isfinite(values).all() and (np.abs(values) <= largest).all()):
         raise ValueError(f"every value must be finite in {name}, got one that is not.")

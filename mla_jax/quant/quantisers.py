@@ -64,6 +64,11 @@ def q4_0(x):
     return codes + 8.0, _refit(x, codes, x * x, extreme / -8.0), None
 
 
+def q4_0_plain(x):
+    """Puts the number of largest magnitude at code 0: what files have, where a cache has `q4_0`."""
+    return _from_extreme(x, 8, refit=False)
+
+
 def iq4_nl(x):
     """Takes the nearest of 16 uneven levels, refits, then moves single codes as long as the fit improves."""
     extreme = _extreme(x)
