@@ -136,6 +136,7 @@ class Tokenizer:
       vocabulary: the `Vocabulary` it was made from.
       eog_ids: frozenset of the ids that end a generation: the file's eos, eot, eom and fill-in-the-middle
         padding and separators, and the tokens whose text is known to mean it.
+      token_types: the vocabulary's, but that tokens known to end a generation are CONTROL.
     """
 
     def __init__(self, vocabulary: Vocabulary):
@@ -145,7 +146,7 @@ class Tokenizer:
         types = list(vocabulary.token_types)
         for token_id in self.eog_ids.intersection(ids[text] for text in _EOG_TEXTS if text in ids):
             types[token_id] = CONTROL
-        self._types = types
+        self.token_types = tuple(types)
         special = [index for index, kind in enumerate(types) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
         special.sort(key=lambda index: -len(vocabulary.tokens[index].encode()))
         self._special = [(vocabulary.tokens[index], index) for index in special]
@@ -196,14 +197,14 @@ class Tokenizer:
         if not 0 <= token_id < len(self.vocabulary.tokens):
             raise ValueError(f"token id must be in [0, {len(self.vocabulary.tokens)}), got {token_id}.")
         token = self.vocabulary.tokens[token_id]
-        if self._types[token_id] in (UNKNOWN, CONTROL, USER_DEFINED):
+        if self.token_types[token_id] in (UNKNOWN, CONTROL, USER_DEFINED):
             return token.encode()
         return b"".join(_BYTES.get(char) or char.encode() for char in token)
 
     def _rendered(self, token_id, skip_special):
         rendered = self.token_bytes(token_id)
         hidden = (UNKNOWN, CONTROL, UNUSED) if skip_special else (UNUSED,)
-        return b"" if self._types[token_id] in hidden else rendered
+        return b"" if self.token_types[token_id] in hidden else rendered
 
     def _check_text(self, text):
         if len(text) > _TEXT_CHARS_UPPER:
