@@ -163,7 +163,7 @@ ARRAYS = {
     ),
     "arrays nested 3 deep": (
         f"{K} nests arrays deeper than 2",
-        _key(array(ARRAY, 1, struct.pack("<IQ", ARRAY, 1) * 2 + struct.pack("<IQ", U8, 0))),
+        _key(array(ARRAY, 1, struct.pack("<IQ", ARRAY, 1) + struct.pack("<IQ", U8, 0))),
     ),
     "arrays nested without end": (
         f"{K} nests arrays deeper than 2",

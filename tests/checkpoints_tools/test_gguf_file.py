@@ -214,11 +214,15 @@ def test_a_value_larger_than_any_vocabulary_is_refused(tmp_path, monkeypatch):
             gguf_file.open_gguf(tmp_path / "a.gguf")
 
 
-def test_a_file_that_shrinks_while_it_is_opened_is_refused(tmp_path):
+def test_a_file_that_shrinks_or_grows_while_it_is_opened_is_refused(tmp_path):
     gguf_writer.write_gguf(tmp_path / "a.gguf", {"text": "x" * 5000}, [])
     data = (tmp_path / "a.gguf").read_bytes()
     with pytest.raises(gguf_file.GGUFError, match=r"a\.gguf: at byte \d+: .* only .* could be read"):
         gguf_header.read_header(io.BytesIO(data[:3000]), "a.gguf", len(data))
+    with pytest.raises(gguf_file.GGUFError, match=r"a\.gguf: at byte \d+: .* ends after the file, of 3000"):
+        gguf_header.read_header(io.BytesIO(data), "a.gguf", 3000)
+    with pytest.raises(gguf_file.GGUFError, match=r"a\.gguf: at byte 24: .* needs 8 bytes, 4 are left"):
+        gguf_header.read_header(io.BytesIO(data), "a.gguf", 28)
 
 
 def _split(folder, counts=(2, 1, 1), **changes):
