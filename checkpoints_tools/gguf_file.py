@@ -57,7 +57,7 @@ class GGUFFile:
         size = info.num_bytes - start if size is None else size
         data = aligned_empty(size)
         view, done = memoryview(data), 0
-        with _opened(info.path) as file:
+        with opened(info.path) as file:
             if _stat(file) != self._stats[info.path]:
                 raise GGUFError(f"{info.path}: the file must not change while it is read, but it did.")
             file.seek(info.offset + start)
@@ -144,14 +144,14 @@ def _check_key(part: GGUFFile, key: str, expected: object) -> None:
 
 
 def _open_part(path: str) -> GGUFFile:
-    with _opened(path) as file:
+    with opened(path) as file:
         stat = _stat(file)
         metadata, tensors = read_header(file, path, stat[0])
     return GGUFFile(path, metadata, tensors, {path: stat})
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
+def opened(path: str) -> Iterator[BinaryIO]:
     """Opens a regular file without waiting for anything; what the system refuses is a `GGUFError`."""
     try:
         with open(path, "rb", buffering=0, opener=_open_at_once) as file:

@@ -151,6 +151,7 @@ def plan(
     rows = tuple(_row(info, recipe, allow_requantize) for info in file.tensors.values())
     for row in rows:
         if importance is not None and row.name in importance and not row.is_copied:
+            importance[row.name] = imatrix_lib.fit(importance[row.name], row.shape)
             _check_importance(row, importance[row.name].shape, imatrix)
     return Plan(file, recipe, rows, importance)
 
