@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
+from checkpoints_tools import imatrix as imatrix_lib
 from checkpoints_tools.ggml_types import IDS
 from checkpoints_tools.gguf_file import GGUFError, GGUFFile, TensorInfo, open_gguf
 from checkpoints_tools.gguf_metadata import Field
@@ -141,18 +142,10 @@ def plan(
       ValueError: if a type or a rule cannot be read, or if weights would be requantised without leave.
     """
     recipe = Recipe.of(type, custom)
-    importance = None
-    if imatrix is not None:
-        from checkpoints_tools import imatrix as imatrix_lib
-
-        importance = imatrix_lib.read_imatrix(imatrix)
     file = open_gguf(src)
     check_model(file)
     rows = tuple(_row(info, recipe, allow_requantize) for info in file.tensors.values())
-    for row in rows:
-        if importance is not None and row.name in importance and not row.is_copied:
-            importance[row.name] = imatrix_lib.fit(importance[row.name], row.shape)
-            _check_importance(row, importance[row.name].shape, imatrix)
+    importance = None if imatrix is None else _read_importance(imatrix, rows)
     return Plan(file, recipe, rows, importance)
 
 
@@ -202,15 +195,23 @@ def _row(info: TensorInfo, recipe: Recipe, allow_requantize: bool) -> Row:
     return Row(info.name, info.shape, info.type_name, new, wanted)
 
 
-def _check_importance(row: Row, shape: tuple[int, ...], imatrix: str | os.PathLike) -> None:
-    try:
-        fits = np.broadcast_shapes(shape, row.shape) == row.shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{os.fspath(imatrix)}: importance of {row.name!r} must fit its shape {row.shape}, got {shape}."
-        )
+def _read_importance(imatrix: str | os.PathLike, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """Reads the importance of columns, that of tensors to be encoded in a shape that broadcasts to theirs."""
+    importance = imatrix_lib.read_imatrix(imatrix)
+    for row in rows:
+        if row.is_copied or row.name not in importance:
+            continue
+        importance[row.name] = fitted = imatrix_lib.fit(importance[row.name], row.shape)
+        try:
+            is_fitting = np.broadcast_shapes(fitted.shape, row.shape) == row.shape
+        except ValueError:
+            is_fitting = False
+        if not is_fitting:
+            raise ValueError(
+                f"{os.fspath(imatrix)}: importance of {row.name!r} must fit its shape {row.shape}, "
+                f"got {fitted.shape}."
+            )
+    return importance
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import checkpoints_tools
 from checkpoints_tools import check as check_lib
 from checkpoints_tools import convert as convert_lib
 from checkpoints_tools import diff as diff_lib
+from checkpoints_tools import export as export_lib
 from checkpoints_tools import quantize as quantize_lib
 from checkpoints_tools import split as split_lib
 from checkpoints_tools.gguf_file import open_gguf
@@ -162,8 +163,6 @@ def _to_folder(values, to):
 
         orbax_files.to_orbax(values.input, out)
     else:
-        from checkpoints_tools import export as export_lib
-
         export_lib.to_safetensors(values.input, out, dtype=values.dtype)
     _tell(f"wrote {out}")
 

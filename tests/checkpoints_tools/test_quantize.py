@@ -10,12 +10,14 @@ import pytest
 from synthetic import write_deepseek2
 
 import checkpoints_tools
-from checkpoints_tools import interleave
+from checkpoints_tools import interleave, row_chunks
+from checkpoints_tools import recipe as recipe_lib
 from checkpoints_tools.ggml_types import IDS, TYPES
 from checkpoints_tools.gguf_file import GGUFError, open_gguf
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from checkpoints_tools.quantize import plan, quantize
 from checkpoints_tools.recipe import Recipe, fitting
+from checkpoints_tools.split import split
 from mla_jax import RunConfig, apply, quant
 
 WIDE = dict(embed=256, q_lora=256, kv_lora=256, nope=128, v=128, ff=256, ff_exp=256)  # most rows of 256
@@ -185,20 +187,26 @@ def test_what_has_its_type_is_copied_and_what_is_quantised_is_refused(tmp_path):
     )
 
 
-def test_interleaved_rows_are_taken_apart_without_loss(source, tmp_path):
-    single, path, out = (tmp_path / name for name in ("single.gguf", "rows.gguf", "out.gguf"))
-    quantize(source, single, type="q8_0")
-    file, tensors = open_gguf(single), []
+def test_interleaved_rows_are_taken_apart_without_loss(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(quant, "ENCODABLE", ("f32", "iq4_k"))  # there need be no encoder
+    path, out, rng = tmp_path / "rows.gguf", tmp_path / "out.gguf", np.random.default_rng(0)
+    file, tensors, single = open_gguf(source), [], {}
     for name, info in file.tensors.items():
-        data, kind = file.read(name), info.type_name
-        if kind == "q8_0":
-            rows = data.reshape(math.prod(info.shape[:-1]), -1)
-            data, kind = interleave.interleave("q8_0_r8", rows, info.shape[-1]), "q8_0_r8"
+        data, kind = file.read(name), "f32"
+        if recipe_lib.is_weight_matrix(info) and info.shape[-1] % 256 == 0:
+            num_rows, row_bytes = math.prod(info.shape[:-1]), TYPES[IDS["iq4_k"]].row_bytes(info.shape[-1])
+            single[name] = rng.integers(0, 256, (num_rows, row_bytes), np.uint8)
+            data, kind = interleave.interleave("iq4_k_r4", single[name], info.shape[-1]), "iq4_k_r4"
         tensors.append(TensorData(name, info.shape, IDS[kind], data))
     write_gguf(path, file.metadata, tensors)
-    quantize(path, out, type="q8_0")
-    assert out.read_bytes() == single.read_bytes()
-    with pytest.raises(ValueError, match="is quantised already, as q8_0_r8: making it bf16"):
+    monkeypatch.setattr(row_chunks, "_WEIGHTS", 48 * 256)
+    quantize(path, out, type="f32", custom=[f"^{re.escape(name)}$=iq4_k" for name in single])
+    assert len(single) > 10
+    for name, rows in single.items():
+        assert open_gguf(out).tensors[name].type_name == "iq4_k"
+        assert _bytes(out)[name] == rows.tobytes()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="is quantised already, as iq4_k_r4: making it bf16"):
         plan(path, type="bf16")
 
 
@@ -231,8 +239,6 @@ def test_the_input_may_be_the_output(small, tmp_path):
 
 
 def test_a_split_file_becomes_one(small, tmp_path):
-    from checkpoints_tools.split import split
-
     parts = split(small, tmp_path / "part", max_tensors=9)
     quantize(parts[0], tmp_path / "joined.gguf", type="q8_0")
     quantize(small, tmp_path / "whole.gguf", type="q8_0")
@@ -240,8 +246,6 @@ def test_a_split_file_becomes_one(small, tmp_path):
 
 
 def test_chunks_do_not_show(source, tmp_path, monkeypatch):
-    from checkpoints_tools import row_chunks
-
     quantize(source, tmp_path / "whole.gguf", type="q8_0")
     monkeypatch.setattr(row_chunks, "_WEIGHTS", 48 * 256)
     calls = []
@@ -267,6 +271,44 @@ def test_a_value_that_is_not_finite_names_its_tensor(small, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["nan.gguf"]
 
 
+def _write_imatrix(path, means):
+    """Writes means over 4 tokens by name: [size], or [experts, size]."""
+    tensors = []
+    for name, mean in means.items():
+        sums = np.float32(4 * mean)
+        counts = np.full((*sums.shape[:-1], 1), 4, np.float32)
+        for end, array in ((".in_sum2", sums), (".counts", counts)):
+            tensors.append(TensorData(name + end, array.shape, IDS["f32"], array))
+    write_gguf(path, {"general.type": "imatrix"}, tensors)
+
+
+def test_importance_reaches_each_row(source, tmp_path, monkeypatch):
+    """As if tensors were encoded whole: rows of chunks and experts get the numbers of their columns."""
+    monkeypatch.setattr(row_chunks, "_WEIGHTS", 48 * 256)
+    rng, out = np.random.default_rng(0), tmp_path / "out.gguf"
+    matrix, experts = "blk.0.ffn_up.weight", "blk.1.ffn_up_exps.weight"
+    means = {matrix: rng.exponential(size=256) ** 4, experts: rng.exponential(size=(4, 256)) ** 4}
+    means["blk.9.ffn_up.weight"] = means[matrix]
+    _write_imatrix(tmp_path / "imatrix.gguf", means)
+    chosen = quantize(source, out, type="q4_K", imatrix=tmp_path / "imatrix.gguf")
+    assert "2 of the 23 encoded tensors have an importance" in chosen.summary()
+    assert open_gguf(out).metadata["quantize.imatrix.file"] == "imatrix.gguf"
+    assert open_gguf(out).metadata["quantize.imatrix.entries_count"] == 3
+    for name, importance in ((matrix, means[matrix]), (experts, means[experts][:, None])):
+        info = open_gguf(source).tensors[name]
+        values = open_gguf(source).read(name).view(np.float32).reshape(info.shape)
+        expected = quant.encode(values, "q4_K", np.float32(importance)).blocks.tobytes()
+        assert _bytes(out)[name] == expected != quant.encode(values, "q4_K").blocks.tobytes()
+
+
+def test_importance_of_another_model_is_refused(source, tmp_path):
+    _write_imatrix(tmp_path / "imatrix.gguf", {"output.weight": np.ones(128)})
+    settings = dict(type="q4_K", imatrix=tmp_path / "imatrix.gguf")
+    with pytest.raises(ValueError, match=r"of 'output.weight' must fit its shape \(320, 256\), got \(128,\)"):
+        quantize(source, tmp_path / "out.gguf", **settings)
+    assert "0 of the 22 encoded" in plan(source, custom=["^output=f32"], **settings).summary()
+
+
 def test_totals(small, tmp_path):
     chosen = quantize(small, tmp_path / "out.gguf", type="q8_0")
     file = open_gguf(tmp_path / "out.gguf")
@@ -282,11 +324,12 @@ def _logits(path):
     """Returns the logits of a model, its weights decoded first so that all types share one compilation."""
     checkpoint = checkpoints_tools.load_gguf(path)
     is_weight = lambda leaf: isinstance(leaf, quant.QuantizedTensor)
-    params = jax.tree.map(quant.decode, checkpoint.params, is_leaf=is_weight)
+    params = jax.tree.map(_decode, checkpoint.params, is_leaf=is_weight)
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, 300, NUM_TOKENS)[None], jnp.int32)
     return np.asarray(_apply(params, tokens, None, checkpoint.config, RunConfig())[0][0])
 
 
+_decode = jax.jit(quant.decode)
 _apply = jax.jit(apply, static_argnums=(3, 4))
 
 
@@ -302,4 +345,4 @@ def test_a_model_in_another_type_says_about_the_same(source, logits, tmp_path, t
     entry = TYPES[IDS[type_name]]
     bits = {"f32": np.inf, "f16": 11, "bf16": 8}.get(type_name, 8 * entry.block_bytes / entry.block_size)
     print(f"{type_name}: {bits} bits, {error:.2e}")
-    assert error <= 6 * 2.0**-bits
+    assert error <= min(0.8, 10 * 2.0**-bits)  # of unrelated logits it is 1.4

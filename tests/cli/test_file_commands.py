@@ -20,6 +20,8 @@ import mla_jax
 from checkpoints_tools import convert as convert_lib
 from checkpoints_tools import diff as diff_lib
 from checkpoints_tools import quantize as quantize_lib
+from checkpoints_tools import safetensors_file
+from checkpoints_tools import split as split_lib
 from checkpoints_tools.gguf_file import open_gguf
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 
@@ -33,6 +35,11 @@ def path(tmp_path_factory):
 
 def _types(path):
     return {name: info.type_name for name, info in open_gguf(path).tensors.items()}
+
+
+def _data(path):
+    file = open_gguf(path)
+    return {name: file.read(name).tobytes() for name in file.tensors}
 
 
 def test_quantize_writes_a_file_and_tells_what_it_did(run, path, tmp_path):
@@ -107,6 +114,10 @@ def test_quantised_weights_are_encoded_anew_only_with_leave(run, path, tmp_path)
             "{folder}/absent.gguf: cannot be read: No such",
         ),
         ("quantize {folder} {folder}/out.gguf f16", "{folder}: cannot be read: Is a directory."),
+        (
+            "quantize {path} {folder}/out.gguf f16 --imatrix {path}",
+            "{path}: key 'general.type' must be 'imatrix'",
+        ),
         ("split {path} {folder}/absent/part", "PREFIX must be a file in a folder that exists, got"),
         (
             "split {path} {folder}/part --max-size 0",
@@ -217,6 +228,16 @@ def test_split_and_merge(run, path, tmp_path, limits, num_parts):
     assert out.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "written, num_bytes", [("7", 7), ("300k", 300_000), ("500MB", 500_000_000), ("4G", 4_000_000_000)]
+)
+def test_sizes_of_parts(run, path, tmp_path, monkeypatch, written, num_bytes):
+    asked = []
+    monkeypatch.setattr(split_lib, "split", lambda *args, **limits: asked.append(limits) or ["part"])
+    assert run("split", path, tmp_path / "part", "--max-size", written)[0] == 0
+    assert asked == [dict(max_bytes=num_bytes, max_tensors=None)]
+
+
 def test_convert_of_a_checkpoint(run, tmp_path):
     folder, out = tmp_path / "hf", tmp_path / "out.gguf"
     write_folder(folder, layers=2)
@@ -239,6 +260,18 @@ def test_convert_to_orbax_and_back(run, path, tmp_path):
     assert code == 0 and f"bytes would be written to {out}\n" in stdout and not out.exists()
     assert run("convert", folder, out)[0] == 0
     assert out.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("flags, dtype", [("", "BF16"), ("--to safetensors --dtype float32", "F32")])
+def test_convert_to_safetensors_and_back(run, path, tmp_path, flags, dtype):
+    folder, out = tmp_path / "hf", tmp_path / "out.gguf"
+    code, stdout, _ = run("convert", path, folder, *flags.split(), "--dry-run")
+    assert code == 0 and f"bytes would be written to {folder}\n" in stdout and not folder.exists()
+    code, stdout, err = run("convert", path, folder, *flags.split())
+    assert (code, stdout) == (0, "") and f"wrote {folder}\n" in err
+    assert safetensors_file.open_folder(folder).tensors["lm_head.weight"].dtype == dtype
+    assert run("convert", folder, out, "--type", "f32")[0] == 0
+    assert (_data(out) == _data(path)) == (dtype == "F32")
 
 
 def test_diff_of_two_files(run, path, tmp_path):
