@@ -126,7 +126,12 @@ def test_what_is_sound_loads(tmp_path, scratch):
 def test_time_and_memory_of_bad_files():
     script = pathlib.Path(__file__).with_name("read_and_measure.py")
     process = subprocess.run(
-        [sys.executable, script, "300"], check=True, capture_output=True, timeout=600, text=True
+        [sys.executable, script, "300"],
+        env=os.environ | {"PYTHONPATH": str(script.parents[2])},
+        check=True,
+        capture_output=True,
+        timeout=600,
+        text=True,
     )
     found = json.loads(process.stdout)
     assert len(found) > 500
