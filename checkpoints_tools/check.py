@@ -74,7 +74,10 @@ def _check_structure(file: GGUFFile) -> tuple[list[str], str]:
     """Returns what is wrong with the model, and a clause that says whether it was checked."""
     architecture = file.metadata.get("general.architecture")
     if architecture != hparams.ARCHITECTURE:
-        return [], f"container (its architecture is {architecture!r}, so no more is known of its structure)"
+        return (
+            [],
+            f"container (its architecture is {architecture!r:.80}, so no more is known of its structure)",
+        )
     try:
         check_model(file)
     except GGUFError as error:

@@ -186,6 +186,6 @@ def _log_choices(
             config.num_layers,
             " (their attn_k_b and attn_v_b are only kept for saving)" if split_too else "",
         )
-    others = [name for name in unread if not _may_be_flat(name)]
+    others = [name if name.isprintable() else repr(name) for name in unread if not _may_be_flat(name)]
     if others:
         logging.info("%s: not read, kept for saving: %s.", path, ", ".join(others))

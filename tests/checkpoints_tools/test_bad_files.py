@@ -1,6 +1,7 @@
 """The crafted files of `crafted`, and every key of a model with every kind of wrong value."""
 
 import collections
+import logging
 import math
 import os
 import re
@@ -16,7 +17,7 @@ from gguf_pieces import A, T
 
 import checkpoints_tools
 import mla_jax
-from checkpoints_tools import GGUFError, gguf_file, hparams, model_file
+from checkpoints_tools import GGUFError, check, gguf_file, hparams, model_file
 
 _LONGEST_SENTENCE = 600  # the list of supported pre-tokenizers is in one
 
@@ -82,6 +83,17 @@ def test_the_sound_model_that_the_others_break(tmp_path, keys):
     model = mla_jax.load(path, ctx_size=64)
     assert len(model.generate("abc ab", max_tokens=2, temperature=0.0).tokens) <= 2
     assert "cannot be run" not in checkpoints_tools.describe(path)
+
+
+def test_what_is_said_of_sound_files_is_short_and_shown_as_it_is(tmp_path, caplog):
+    path = tmp_path / "sound.gguf"
+    path.write_bytes(pieces.model(tensors={"\x1b[2J\n": ((8,), pieces.F32_TENSOR)}))
+    logging.getLogger("absl").propagate = True
+    with caplog.at_level(logging.INFO, "absl"):
+        checkpoints_tools.load_gguf(path)
+    assert r"kept for saving: '\x1b[2J\n'." in caplog.text and "\x1b" not in caplog.text
+    path.write_bytes(pieces.model({"general.architecture": pieces.text("\n" * 900_000)}))
+    assert len(check.check(path).checked) < 500 and "\n" not in check.check(path).checked
 
 
 def test_the_whole_way_names_the_file_of_a_bad_vocabulary(tmp_path):
