@@ -177,9 +177,9 @@ def _errors(a: GGUFFile, b: GGUFFile, name: str) -> Errors:
             x, y = (np.asarray(_decode(rows))[done - start :].astype(np.float64) for rows in (rows_a, rows_b))
             done = start + rows_a.shape[0]
             count += x.size
-            largest = np.maximum(largest, np.abs(y - x).max())
-            pairs = (y - x, y - x), (x, x), (y, y), (x, y)
-            sums += [np.vdot(left, right) for left, right in pairs]
+            error = y - x
+            sums += [np.vdot(error, error), np.vdot(x, x), np.vdot(y, y), np.vdot(x, y)]
+            largest = np.maximum(largest, np.abs(error, out=error).max())
         squared_error, squared_a, squared_b, product = sums
         if squared_error == 0:
             return Errors(0.0, 0.0, 0.0, 1.0)
