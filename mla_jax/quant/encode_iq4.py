@@ -13,11 +13,10 @@ from mla_jax.quant import bits, packing, scale_search
 from mla_jax.quant.encode_k import scaled_runs
 from mla_jax.quant.i_quants import VALUES_4
 
-_SHIFT = 4  # of the values in the second version of the table of IQ4_KS
+_SHIFT = 4.0  # of the values in the second version of the table of IQ4_KS
 HIGHEST_SCALE = 127  # scales of IQ4_KS are odd
 _NEIGHBOURS = np.array(list(itertools.product([0.0, -2.0, 2.0], [0.0, 1.0])), np.float32)
 _LARGEST_UNIT = 2.0**126  # the inverse of a larger one would count as zero
-_NEAREST = scale_search.table(VALUES_4)
 
 
 def encode_iq4_xs(x: jax.Array, importance: jax.Array | None) -> jax.Array:
@@ -30,8 +29,8 @@ def encode_iq4_xs(x: jax.Array, importance: jax.Array | None) -> jax.Array:
     Returns:
       uint8[n, 136].
     """
-    lowest = float(VALUES_4[0])
-    unit, scales, codes = scaled_runs(x, importance, _NEAREST, lowest, num_runs=8, lowest_scale=-32)
+    levels = scale_search.table(VALUES_4)
+    unit, scales, codes = scaled_runs(x, importance, levels, num_runs=8, lowest_scale=-32)
     scales = (scales + 32).astype(jnp.uint8)
     high, low = packing.pack(scales >> jnp.uint8(4), 2), packing.pack(scales & jnp.uint8(0x0F), 4)
     codes = packing.planes(codes.astype(jnp.uint8), 4, runs=8)
@@ -49,13 +48,10 @@ def fit_iq4_ks(x: jax.Array, importance: jax.Array | None) -> jax.Array:
       float32[n, 8], of either sign.
     """
     size = _power_of_two(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-    runs = bits.split(x * scale_search.inverse(size), 8)[None]
-    weights = bits.split(scale_search.weights_of(x, importance), 8)[None]
-    shift = jnp.array([0.0, _SHIFT]).reshape(2, 1, 1, 1)
-    nearest = lambda numbers: _nearest(numbers, shift)
-    scale = scale_search.fit_scale(runs, weights, nearest, float(VALUES_4[0]) + shift)
-    first, second = _error(runs, weights, scale, shift)
-    return jnp.where(second < first, scale[1, ..., 0], scale[0, ..., 0]) * size
+    runs = bits.split(x * scale_search.inverse(size), 8)
+    weights = bits.split(scale_search.weights_of(x, importance), 8)
+    versions = [scale_search.table(values) for values in (VALUES_4, VALUES_4 + np.float32(_SHIFT))]
+    return scale_search.fit_scale(runs, weights, *versions)[..., 0] * size
 
 
 def encode_iq4_ks(
@@ -75,27 +71,21 @@ def encode_iq4_ks(
     size = scale_search.inverse(_power_of_two(row_scale))
     runs, scale, row_scale = bits.split(x * size, 8), scale * size, row_scale * size
     weights = bits.split(scale_search.weights_of(x, importance), 8)
-    error_of = lambda scales, version: _error(
-        runs, weights, (row_scale * scales)[..., None], (_SHIFT * version)[..., None]
-    )
+    levels_of = lambda version: scale_search.table(VALUES_4, (_SHIFT * version)[..., None])
+    inverse_of = lambda scales: scale_search.inverse(row_scale * scales)[..., None]
+
+    def error_of(scales, version):
+        values, _ = levels_of(version).nearest(runs * inverse_of(scales))
+        difference = runs - (row_scale * scales)[..., None] * values
+        return jnp.sum(weights * difference * difference, axis=-1)
+
     limits = ((-HIGHEST_SCALE, HIGHEST_SCALE), (0, 1))
     halves = jnp.rint((scale * scale_search.inverse(row_scale) + HIGHEST_SCALE) / 2)
     first = jnp.clip(2 * halves - HIGHEST_SCALE, *limits[0])
     scales, version = scale_search.choose(error_of, (first, jnp.zeros_like(first)), _NEIGHBOURS, limits)
-    inverse = scale_search.inverse(row_scale * scales)[..., None]
-    codes = bits.join(_nearest(runs * inverse, (_SHIFT * version)[..., None])[1], 2)
+    codes = bits.join(levels_of(version).nearest(runs * inverse_of(scales))[1], 2)
     scale_bytes = (scales + HIGHEST_SCALE + version).astype(jnp.uint8)
     return jnp.concatenate([scale_bytes, packing.planes(codes.astype(jnp.uint8), 4, runs=8)], axis=-1)
-
-
-def _nearest(numbers, shift):
-    values, codes = _NEAREST(numbers - shift)
-    return values + shift, codes
-
-
-def _error(runs, weights, scale, shift):
-    difference = runs - scale * _nearest(runs * scale_search.inverse(scale), shift)[0]
-    return jnp.sum(weights * difference * difference, axis=-1)
 
 
 def _power_of_two(numbers):

@@ -23,8 +23,8 @@ def encode_q2_k(x: jax.Array, importance: jax.Array | None) -> jax.Array:
 
 def encode_q3_k(x: jax.Array, importance: jax.Array | None) -> jax.Array:
     """Encodes 16 runs of 16 weights, each `d * (scale - 32) * (code - 4)`."""
-    nearest = scale_search.integers(-4, 3)
-    unit, scales, codes = scaled_runs(x, importance, nearest, -4.0, num_runs=16, lowest_scale=-32)
+    levels = scale_search.integers(-4, 3)
+    unit, scales, codes = scaled_runs(x, importance, levels, num_runs=16, lowest_scale=-32)
     scales, codes = (scales + 32).astype(jnp.uint8), codes.astype(jnp.uint8)
     parts = [
         packing.planes(codes >> jnp.uint8(2), 1),
@@ -56,8 +56,8 @@ def encode_q5_k(x: jax.Array, importance: jax.Array | None) -> jax.Array:
 
 def encode_q6_k(x: jax.Array, importance: jax.Array | None) -> jax.Array:
     """Encodes 16 runs of 16 weights, each `d * scale * (code - 32)`."""
-    nearest = scale_search.integers(-32, 31)
-    unit, scales, codes = scaled_runs(x, importance, nearest, -32.0, num_runs=16, lowest_scale=-128)
+    levels = scale_search.integers(-32, 31)
+    unit, scales, codes = scaled_runs(x, importance, levels, num_runs=16, lowest_scale=-128)
     codes = codes.astype(jnp.uint8)
     parts = [
         packing.planes(codes & jnp.uint8(0x0F), 4, runs=2),
@@ -71,8 +71,7 @@ def encode_q6_k(x: jax.Array, importance: jax.Array | None) -> jax.Array:
 def scaled_runs(
     x: jax.Array,
     importance: jax.Array | None,
-    nearest: scale_search.Nearest,
-    lowest: float,
+    levels: scale_search.Levels,
     *,
     num_runs: int,
     lowest_scale: int,
@@ -82,8 +81,7 @@ def scaled_runs(
     Args:
       x: float32[n, 256].
       importance: float32[n, 256] or None.
-      nearest: as for `scale_search.fit_scale`, and so is `lowest`.
-      lowest: the value of largest magnitude.
+      levels: the values.
       num_runs: runs with a scale each.
       lowest_scale: scales are from this to `-lowest_scale - 1`.
 
@@ -92,9 +90,9 @@ def scaled_runs(
     """
     weights = bits.split(scale_search.weights_of(x, importance), num_runs)
     runs = bits.split(x, num_runs)
-    scale = scale_search.fit_scale(runs, weights, nearest, lowest)[..., 0]
+    scale = scale_search.fit_scale(runs, weights, levels)[..., 0]
     unit = packing.rounded_to_float16(scale_search.extreme(scale) / lowest_scale)
-    value = lambda scales: nearest(runs * scale_search.inverse(unit * scales)[..., None])
+    value = lambda scales: levels.nearest(runs * scale_search.inverse(unit * scales)[..., None])
 
     def error_of(scales):
         difference = runs - (unit * scales)[..., None] * value(scales)[0]

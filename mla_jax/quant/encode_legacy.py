@@ -51,18 +51,18 @@ def encode_q6_0(x: jax.Array, importance: jax.Array | None) -> jax.Array:
 
 def encode_iq4_nl(x: jax.Array, importance: jax.Array | None) -> jax.Array:
     """Encodes `d * value`, a code of 4 bits choosing one of 16 uneven values."""
-    return _block(*_nearest(x, importance, scale_search.table(VALUES_4), float(VALUES_4[0])))
+    return _block(*_nearest(x, importance, scale_search.table(VALUES_4)))
 
 
 def _scaled(x, importance, half):
-    return _nearest(x, importance, scale_search.integers(-half, half - 1), -float(half))
+    return _nearest(x, importance, scale_search.integers(-half, half - 1))
 
 
-def _nearest(x, importance, nearest, lowest):
+def _nearest(x, importance, levels):
     """Returns codes float32[n, 32], their scale float32[n], and no offset."""
-    scale = scale_search.fit_scale(x, scale_search.weights_of(x, importance), nearest, lowest)
+    scale = scale_search.fit_scale(x, scale_search.weights_of(x, importance), levels)
     scale = packing.rounded_to_float16(scale)
-    return nearest(x * scale_search.inverse(scale))[1], scale[:, 0], None
+    return levels.nearest(x * scale_search.inverse(scale))[1], scale[:, 0], None
 
 
 def _line(x, importance, highest):

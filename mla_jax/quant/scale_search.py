@@ -5,6 +5,8 @@ weights. The codes depend on the scale again, so a range of scales is tried, and
 kept. A run is the last axis; all runs are searched at once.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,35 +15,51 @@ import numpy as np
 
 # Scales tried, as inverse multiples of the one that makes the codes just reach the largest weight. Smaller
 # scales cut large weights off, which is worth it where few are large, or large ones matter little.
-_RATIOS = np.linspace(0.9, 1.5, 24, dtype=np.float32)
+_NEAR = (0.9, 1.5)  # in steps so that 1 is among them: runs that a type can represent are found exactly
+_FAR = (1.7, 2.0, 2.4, 2.8, 3.4, 4.0)
+_FEW, _MANY = 13, 25  # near ones
 _LEAST_SPREAD = 1e-5  # of codes, against their squares: below, a slope is rounding noise
 _LEAST_IMPORTANCE = 1e-6  # of the largest in a block, so that each run has a best fit
 
-Nearest = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """The values that the codes of a type stand for, before scaling.
+
+    Attributes:
+      nearest: from numbers to the values nearest to them, and the codes of these, all float32[...].
+      lowest: the first value, that of largest magnitude.
+      num_tries: scales of each sign that are worth trying near 1: more where there are more values.
+    """
+
+    nearest: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+    lowest: float | jax.Array
+    num_tries: int
 
 
-def integers(lowest: int, highest: int) -> Nearest:
-    """Returns the function that gives the nearest whole number within limits, and its code, from 0 on."""
+def integers(lowest: int, highest: int) -> Levels:
+    """Returns whole numbers as levels, with codes from 0 on."""
 
     def nearest(x):
         values = jnp.clip(jnp.rint(x), lowest, highest)
         return values, values - lowest
 
-    return nearest
+    return Levels(nearest, float(lowest), _FEW if highest - lowest < 16 else _MANY)
 
 
-def table(values: np.ndarray) -> Nearest:
-    """Returns the function that gives the nearest of rising `values`, float32[n], and its code, the index."""
+def table(values: np.ndarray, shift: float | jax.Array = 0.0) -> Levels:
+    """Returns rising `values`, float32[n], made larger by `shift`, as levels; codes are their indices."""
 
     def nearest(x):
+        unshifted = x - shift
         found, codes = jnp.full_like(x, values[0]), jnp.zeros_like(x)
         for lower, upper in zip(values[:-1].tolist(), values[1:].tolist(), strict=True):
-            is_above = x > (lower + upper) / 2
+            is_above = unshifted > (lower + upper) / 2
             found += jnp.where(is_above, upper - lower, 0.0)
             codes += jnp.where(is_above, 1.0, 0.0)
-        return found, codes
+        return found + shift, codes
 
-    return nearest
+    return Levels(nearest, float(values[0]) + shift, _FEW)
 
 
 def weights_of(x: jax.Array, importance: jax.Array | None) -> jax.Array:
@@ -63,34 +81,39 @@ def weights_of(x: jax.Array, importance: jax.Array | None) -> jax.Array:
 
 def inverse(scale: jax.Array) -> jax.Array:
     """Returns 1 / scale, and 0 where the scale is 0."""
-    return jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
+    result = jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
+    return jax.lax.optimization_barrier(result)  # or XLA divides once for each weight, not for each run
 
 
 def extreme(x: jax.Array) -> jax.Array:
     """Returns the number of largest magnitude of the last axis with its sign: [..., n] -> [..., 1]."""
-    return jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), axis=-1, keepdims=True), axis=-1)
+    highest, lowest = jnp.max(x, axis=-1, keepdims=True), jnp.min(x, axis=-1, keepdims=True)
+    return jnp.where(highest > -lowest, highest, lowest)
 
 
-def fit_scale(x: jax.Array, weights: jax.Array, nearest: Nearest, lowest: float | jax.Array) -> jax.Array:
+def fit_scale(x: jax.Array, weights: jax.Array, *versions: Levels) -> jax.Array:
     """Finds the scale of runs whose weights become `scale * value`.
 
     Args:
       x: float32[..., size].
       weights: float32[..., size], positive, of the squared errors.
-      nearest: from scaled weights to the values that stand for them.
-      lowest: the value of largest magnitude.
+      versions: the values, or several sets of values of which the best may be taken for each run.
 
     Returns:
-      float32[..., 1], of either sign: the value of largest magnitude may serve positive or negative weights.
+      float32[..., 1], of either sign: the lowest value may serve negative or positive weights.
     """
 
-    def fit(inverse_scale):
-        values, _ = nearest(x * inverse_scale)
-        along = jnp.sum(weights * values * x, axis=-1, keepdims=True)
-        scale = _ratio(along, jnp.sum(weights * values * values, axis=-1, keepdims=True))
-        return along * scale, scale
+    def best_of(levels):
+        def fit(inverse_scale):
+            values, _ = levels.nearest(x * inverse_scale)
+            along = jnp.sum(weights * values * x, axis=-1, keepdims=True)
+            scale = _ratio(along, jnp.sum(weights * values * values, axis=-1, keepdims=True))
+            return along * scale, scale
 
-    return _search(fit, lowest * inverse(extreme(x)), np.concatenate([_RATIOS, -_RATIOS]))[0]
+        ratios = _ratios(levels.num_tries)
+        return _search(fit, levels.lowest * inverse(extreme(x)), np.concatenate([ratios, -ratios]))
+
+    return functools.reduce(_better, map(best_of, versions))[1]
 
 
 def fit_line(
@@ -130,7 +153,7 @@ def fit_line(
         return gain + offset * (2 * sum_x - offset * sum_w), scale, offset
 
     full_range = highest * inverse(jnp.max(above, axis=-1, keepdims=True))
-    scale, offset = _search(fit, full_range, _RATIOS, jnp.zeros_like(start))
+    _, scale, offset = _search(fit, full_range, _ratios(_MANY), jnp.zeros_like(start))
     return scale, offset + start
 
 
@@ -164,6 +187,10 @@ def choose(
     return jax.lax.fori_loop(0, len(steps), try_step, start)[1:]
 
 
+def _ratios(num_near):
+    return np.concatenate([np.linspace(*_NEAR, num_near), _FAR]).astype(np.float32)
+
+
 def _search(fit, full_range, ratios, *offsets):
     """Tries `fit`, from inverse scale and offsets to gain, scale and offsets; at last at the best found."""
 
@@ -172,7 +199,7 @@ def _search(fit, full_range, ratios, *offsets):
 
     start = (jnp.full_like(full_range, -jnp.inf), jnp.zeros_like(full_range), *offsets)
     best = jax.lax.fori_loop(0, len(ratios), try_ratio, start)
-    return _better(best, fit(inverse(best[1]), *best[2:]))[1:]
+    return _better(best, fit(inverse(best[1]), *best[2:]))
 
 
 def _better(best, new):
