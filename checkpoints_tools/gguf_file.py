@@ -58,7 +58,7 @@ class GGUFFile:
         data = aligned_empty(size)
         view, done = memoryview(data), 0
         with opened(info.path) as file:
-            if _stat(file) != self._stats[info.path]:
+            if size_and_time(file) != self._stats[info.path]:
                 raise GGUFError(f"{info.path}: the file must not change while it is read, but it did.")
             file.seek(info.offset + start)
             while done < size:
@@ -145,7 +145,7 @@ def _check_key(part: GGUFFile, key: str, expected: object) -> None:
 
 def _open_part(path: str) -> GGUFFile:
     with opened(path) as file:
-        stat = _stat(file)
+        stat = size_and_time(file)
         metadata, tensors = read_header(file, path, stat[0])
     return GGUFFile(path, metadata, tensors, {path: stat})
 
@@ -166,6 +166,7 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its other end
 
 
-def _stat(file: BinaryIO) -> tuple[int, int]:
+def size_and_time(file: BinaryIO) -> tuple[int, int]:
+    """Returns what tells whether a file was changed since: its size and when it was last written, in ns."""
     stat = os.fstat(file.fileno())
     return stat.st_size, stat.st_mtime_ns

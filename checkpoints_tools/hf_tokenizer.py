@@ -117,8 +117,9 @@ class _Source:
         else:
             template = self.config.get("chat_template") or self.template.get("chat_template")
         if isinstance(template, list):  # several by name
-            named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
-            template = named.get("default", {}).get("template")
+            entries = [entry for entry in template if isinstance(entry, dict)]
+            named = (entry.get("template") for entry in entries if entry.get("name") == "default")
+            template = next(named, None)
         if template is None:
             return {}
         if not isinstance(template, str):

@@ -1,11 +1,11 @@
 """Reads JSON objects from files that may be anything."""
 
+import io
 import json
 import os
-import stat
 from typing import Any
 
-from checkpoints_tools.gguf_file import GGUFError
+from checkpoints_tools.gguf_file import GGUFError, opened
 
 _MAX_BYTES = 1 << 28  # vocabularies and indices of published models stay below a tenth of that
 
@@ -32,16 +32,11 @@ def read_bytes(path: str | os.PathLike) -> bytes:
       GGUFError: if it cannot be read, is no regular file, or has more than 256 MiB.
     """
     path = os.fspath(path)
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its other end
-            raise GGUFError(f"{path}: cannot be read: it must be a regular file.")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > _MAX_BYTES:
-                raise GGUFError(f"{path}: must have at most {_MAX_BYTES} bytes, got {size}.")
-            return file.read(size)
-    except OSError as error:
-        raise GGUFError(f"{path}: cannot be read: {error.strerror}.") from error
+    with opened(path) as raw, io.BufferedReader(raw) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_BYTES:
+            raise GGUFError(f"{path}: must have at most {_MAX_BYTES} bytes, got {size}.")
+        return file.read(size)
 
 
 def parse_object(text: bytes, what: str) -> dict[str, Any]:
@@ -64,11 +59,11 @@ def parse_object(text: bytes, what: str) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
-        raise ValueError(f"key {twice!r:.80} is there twice")
+    value = {}
+    for key, entry in pairs:
+        if key in value:
+            raise ValueError(f"key {key!r:.80} is there twice")
+        value[key] = entry
     return value
 
 

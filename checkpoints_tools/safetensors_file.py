@@ -5,16 +5,16 @@ before it is used, and nothing is read but headers and the rows that are asked f
 """
 
 import dataclasses
+import io
 import math
 import os
-import stat as stat_lib
 import struct
 
 import ml_dtypes
 import numpy as np
 
 from checkpoints_tools import json_file
-from checkpoints_tools.gguf_file import GGUFError
+from checkpoints_tools.gguf_file import GGUFError, opened, size_and_time
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -95,18 +95,15 @@ class SafetensorsFolder:
 
     def _read_into(self, data: np.ndarray, info: StoredTensor, offset: int) -> None:
         view, done = memoryview(data), 0
-        try:
-            with open(info.path, "rb", buffering=0) as file:
-                if _stat(file) != self._stats[info.path]:
-                    raise GGUFError(f"{info.path}: the file must not change while it is read, but it did.")
-                file.seek(offset)
-                while done < len(view):
-                    count = file.readinto(view[done : done + _READ_BYTES])
-                    if not count:
-                        raise info.fail(f"ends {len(view) - done} bytes too early")
-                    done += count
-        except OSError as error:
-            raise GGUFError(f"{info.path}: cannot be read: {error.strerror}.") from error
+        with opened(info.path) as file:
+            if size_and_time(file) != self._stats[info.path]:
+                raise GGUFError(f"{info.path}: the file must not change while it is read, but it did.")
+            file.seek(offset)
+            while done < len(view):
+                count = file.readinto(view[done : done + _READ_BYTES])
+                if not count:
+                    raise info.fail(f"ends {len(view) - done} bytes too early")
+                done += count
 
 
 def open_folder(folder: str | os.PathLike) -> SafetensorsFolder:
@@ -150,7 +147,7 @@ def _weight_map(path: str) -> dict[str, str]:
             f"{path}: key 'weight_map' must be an object of tensor names, got {weight_map!r:.80}."
         )
     for name, file_name in weight_map.items():
-        is_plain = isinstance(file_name, str) and not set(file_name) & set("/\\\0")
+        is_plain = isinstance(file_name, str) and file_name.isprintable() and not set(file_name) & set("/\\")
         if not is_plain or not file_name.endswith(".safetensors"):
             raise GGUFError(
                 f"{path}: key 'weight_map' must name .safetensors files of the same folder, "
@@ -160,14 +157,9 @@ def _weight_map(path: str) -> dict[str, str]:
 
 
 def _open_file(path: str) -> tuple[dict[str, StoredTensor], tuple[int, int]]:
-    try:
-        if not stat_lib.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its other end
-            raise GGUFError(f"{path}: cannot be read: it must be a regular file.")
-        with open(path, "rb") as file:
-            stat = _stat(file)
-            header = _read_header(file, path, stat[0])
-    except OSError as error:
-        raise GGUFError(f"{path}: cannot be read: {error.strerror}.") from error
+    with opened(path) as raw, io.BufferedReader(raw) as file:
+        stat = size_and_time(file)
+        header = _read_header(file, path, stat[0])
     values = json_file.parse_object(header, f"{path}: the header")
     values.pop("__metadata__", None)
     start = 8 + len(header)
@@ -217,8 +209,3 @@ def _entry(name: str, value: object, path: str, start: int) -> tuple[StoredTenso
 
 def _are_counts(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
-
-
-def _stat(file) -> tuple[int, int]:
-    stat = os.fstat(file.fileno())
-    return stat.st_size, stat.st_mtime_ns

@@ -172,6 +172,7 @@ def test_the_end_may_be_in_the_configs_alone(tmp_path):
         ({"tokenizer_config.json": dict(chat_template="own")}, "own"),
         ({"tokenizer_config.json": dict(chat_template=[dict(name="tool_use", template="t")])}, None),
         ({"tokenizer_config.json": dict(chat_template=[dict(name="default", template="d")])}, "d"),
+        ({"tokenizer_config.json": dict(chat_template=[dict(name=["default"], template="d")])}, None),
         ({"chat_template.json": dict(chat_template="file")}, "file"),
         ({"tokenizer_config.json": dict(chat_template="own"), "chat_template.jinja": "{{ a }}é"}, "{{ a }}é"),
     ],
@@ -270,7 +271,7 @@ def _template(folder):
 
 BAD = {
     "no JSON": (lambda folder: (folder / "tokenizer.json").write_bytes(b"{"), "must be a JSON object"),
-    "a folder for a file": (lambda folder: (folder / "tokenizer.json").mkdir(), "must be a regular file"),
+    "a folder for a file": (lambda folder: (folder / "tokenizer.json").mkdir(), "Is a directory"),
     "SentencePiece": (_sentencepiece, "must come with a tokenizer.json"),
     "another model": (_broken(model=dict(type="Unigram")), "must be byte-level BPE"),
     "byte fallback": (_broken(model=dict(byte_fallback=True)), "must be byte-level BPE"),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import safetensors.numpy
 from hf_folder import save, save_file, write_json
 
-from checkpoints_tools import GGUFError, safetensors_file
+from checkpoints_tools import GGUFError, json_file, safetensors_file
 from checkpoints_tools.safetensors_file import open_folder
 
 ONE = {"a": np.arange(12, dtype=np.float32).reshape(3, 4)}
@@ -117,7 +118,7 @@ def _index(weight_map):
 SHARD = "model-00001-of-00002.safetensors"
 BAD = {
     "nothing there": (lambda folder: None, r"model\.safetensors: cannot be read: No such file"),
-    "a folder for a file": (lambda folder: (folder / "model.safetensors").mkdir(), "must be a regular file"),
+    "a folder for a file": (lambda folder: (folder / "model.safetensors").mkdir(), "Is a directory"),
     "a pipe for a file": (lambda folder: os.mkfifo(folder / "model.safetensors"), "must be a regular file"),
     "empty": (_raw(b""), "is not a safetensors file"),
     "no length": (_raw(b"\x10\0\0"), "is not a safetensors file"),
@@ -155,6 +156,7 @@ BAD = {
     "an absolute path": (_index({"a": "/etc/model.safetensors"}), "files of the same folder"),
     "a path of Windows": (_index({"a": "..\\x.safetensors"}), "files of the same folder"),
     "a name with a zero byte": (_index({"a": "\0.safetensors"}), "files of the same folder"),
+    "a name of half a character": (_index({"a": "\ud800.safetensors"}), "files of the same folder"),
     "another kind of file": (_index({"a": "config.json"}), "files of the same folder"),
     "a file of no text": (_index({"a": 1}), "files of the same folder"),
     "a shard that is missing": (_index({"a": "b.safetensors"}), r"b\.safetensors: cannot be read"),
@@ -169,6 +171,15 @@ def test_bad_files_are_refused_in_a_sentence(tmp_path, make, message):
     with pytest.raises(GGUFError, match=message) as caught:
         open_folder(tmp_path)
     assert re.fullmatch(rf"{re.escape(str(tmp_path))}/[^\n]{{10,700}}\.", str(caught.value))
+
+
+def test_a_key_that_is_there_twice_is_found_in_a_time_that_grows_with_the_text():
+    """Comparing each of these keys with each took 12 seconds, and a header may have millions."""
+    text = b"{" + b"".join(b'"%d":0,' % number for number in range(40_000)) + b'"39999":0}'
+    begun = time.process_time()
+    with pytest.raises(GGUFError, match="key '39999' is there twice"):
+        json_file.parse_object(text, "header")
+    assert time.process_time() - begun < 2
 
 
 def test_a_name_is_not_repeated_at_length(tmp_path):
