@@ -227,9 +227,7 @@ def _moe_config(keys: _Keys, gating: str) -> MoEConfig:
 
 
 def _rope_config(keys: _Keys) -> RopeConfig:
-    rope = (
-        keys.object("rope_parameters") or keys.object("rope_scaling") or _Keys({}, keys.path, "rope_scaling.")
-    )
+    rope = _rope_keys(keys)
     base = (
         keys.number("rope_theta", 10000.0)
         if rope.get("rope_theta", None) is None
@@ -259,16 +257,25 @@ def _rope_config(keys: _Keys) -> RopeConfig:
     )
 
 
+def _rope_keys(keys: _Keys) -> _Keys:
+    """Returns the object that scales rotations, which has another name since version 5 of transformers."""
+    found = [place for name in ("rope_parameters", "rope_scaling") if (place := keys.object(name))]
+    found = [place for place in found if place.values] or [_Keys({}, keys.path, "rope_scaling.")]
+    if found[0].values != found[-1].values:
+        raise keys.fail("rope_scaling", f"must be as 'rope_parameters', got {found[-1].values!r:.160}")
+    return found[0]
+
+
 def _check_magnitude(rope: _Keys, factor: float) -> None:
     """Refuses YaRN that rescales the rotated part of heads alone: GGUF files scale all of it or nothing."""
     mscale, mscale_all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
-    if mscale and mscale_all_dim:
-        magnitude = _temperature(factor, mscale) / _temperature(factor, mscale_all_dim)
-    else:
-        magnitude = _temperature(factor, 1.0)
     if rope.get("attention_factor", None) is not None:
-        magnitude = rope.number("attention_factor")
-    if abs(magnitude - 1) > 1e-6:
+        magnitude, wanted = rope.number("attention_factor"), 1.0
+    elif mscale and mscale_all_dim:
+        magnitude, wanted = _temperature(factor, mscale), _temperature(factor, mscale_all_dim)
+    else:
+        magnitude, wanted = _temperature(factor, 1.0), 1.0
+    if abs(magnitude - wanted) > 1e-6 * abs(wanted):
         raise rope.fail("mscale", f"must equal mscale_all_dim, {mscale_all_dim}, and not be 0, got {mscale}")
 
 

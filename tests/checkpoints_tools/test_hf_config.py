@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -149,6 +150,12 @@ def test_rotations_as_transformers_5_writes_them():
     assert found.base == 20000 and found.scaling == "yarn" and found.yarn_log_multiplier == 0.1
 
 
+@pytest.mark.parametrize("parameters", [{}, DEEPSEEK_V3["rope_scaling"]], ids=["empty", "the same"])
+def test_rotations_under_both_names(parameters):
+    values = DEEPSEEK_V3 | dict(rope_parameters=parameters)
+    assert hf_config.from_json(values, "config.json").model == PRESETS["deepseek-v3"]
+
+
 @pytest.mark.parametrize(
     "rope, scaling",
     [
@@ -228,6 +235,14 @@ MISTAKES = {
     "an infinite epsilon": (dict(rms_norm_eps=float("nan")), "rms_norm_eps"),
     "rope of no object": (dict(rope_scaling="yarn"), "rope_scaling"),
     "another scaling": (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_scaling.type"),
+    "rotations that contradict each other": (
+        dict(rope_parameters=dict(rope_type="default", rope_theta=10000)),
+        "rope_scaling' must be as 'rope_parameters'",
+    ),
+    "a temperature of 0": (
+        dict(rope_scaling=DEEPSEEK_V3["rope_scaling"] | dict(factor=math.e, mscale_all_dim=-10.0)),
+        "rope_scaling.mscale",
+    ),
     "no factor": (dict(rope_scaling=dict(type="yarn")), "rope_scaling.factor"),
     "rotated parts rescaled": (
         dict(rope_scaling=DEEPSEEK_V3["rope_scaling"] | dict(mscale=0.707)),
