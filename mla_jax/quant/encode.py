@@ -81,7 +81,7 @@ def encode(
     size = FORMATS[name].block_size
     if values.ndim == 0 or values.shape[-1] % size:
         raise ValueError(f"rows of {name} must be a multiple of {size} long, got {values.shape}.")
-    split = lambda rows: rows.reshape(*rows.shape[:-1], -1, size)
+    split = lambda rows: rows.reshape(*rows.shape[:-1], rows.shape[-1] // size, size)
     weights = None if importance is None else _broadcast(importance, values.shape)
     arrays = split(values), None if weights is None else split(weights)
     if name == "iq4_ks":
@@ -144,7 +144,7 @@ def _in_chunks(
         parts = [None if array is None else array[index] for array in arrays]
         _check_finite(parts[0], name, largest)
         done[start : start + step] = np.asarray(function(*parts))[: count - start]
-    return done.reshape(*lead, -1)
+    return done.reshape(*lead, done.shape[-1])
 
 
 def _check_finite(values: np.ndarray, name: str, largest: float = np.inf) -> None:
