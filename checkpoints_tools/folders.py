@@ -8,24 +8,26 @@ from collections.abc import Iterator
 
 from checkpoints_tools.gguf_writer import sync_folder
 
+FREE = "a new or an empty folder, no link or mounted disk and not the current folder"
+
 
 @contextlib.contextmanager
 def creating(path: str | os.PathLike) -> Iterator[str]:
     """Makes a folder beside its place and moves it there when it is complete and on the disk.
 
     Args:
-      path: the folder; an empty one that is there is replaced.
+      path: the folder; an empty one that is there is replaced, if it can be.
 
     Yields:
       Path of the folder to be filled. If that fails, it vanishes with all that is in it.
 
     Raises:
-      ValueError: if there is something at `path` that is no empty folder.
+      ValueError: if `is_free` is false of `path`.
       OSError: if the folder cannot be made or moved.
     """
     path = os.path.normpath(path)
-    if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
-        raise ValueError(f"{path} must be a new or an empty folder, got one that is in use.")
+    if not is_free(path):
+        raise ValueError(f"{path} must be {FREE}, it is not.")
     with beside(path) as temporary:
         unfinished = os.path.join(temporary, "unfinished")
         os.mkdir(unfinished)
@@ -35,6 +37,14 @@ def creating(path: str | os.PathLike) -> Iterator[str]:
             os.rmdir(path)
         os.rename(unfinished, path)
         sync_folder(os.path.dirname(path) or ".")
+
+
+def is_free(path: str | os.PathLike) -> bool:
+    """Whether `path` is `FREE`, so that a folder can be moved there."""
+    if not os.path.lexists(path):
+        return True
+    is_folder = os.path.isdir(path) and not os.path.islink(path) and not os.path.ismount(path)
+    return is_folder and not os.path.samefile(path, os.curdir) and not os.listdir(path)
 
 
 @contextlib.contextmanager

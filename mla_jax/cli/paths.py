@@ -1,8 +1,8 @@
 """Files and folders that a command line names for writing, checked before any work is done for them."""
 
-import os
 import pathlib
 
+from checkpoints_tools import folders
 from mla_jax.cli.argv import UsageError
 
 
@@ -26,10 +26,9 @@ def output_folder(written: str, value: str) -> pathlib.Path:
     """Returns the path of a folder to be written; arguments as for `output_file`.
 
     Raises:
-      UsageError: if the folder above does not exist, or this one exists and is not empty.
+      UsageError: if the folder above does not exist, or this one exists and cannot be replaced.
     """
     path = pathlib.Path(value)
-    is_free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
-    if not path.parent.is_dir() or not is_free:
-        raise UsageError(f"{written} must be a new or empty folder in one that exists, got {value!r}.")
+    if not path.parent.is_dir() or not folders.is_free(path):
+        raise UsageError(f"{written} must be {folders.FREE}, in one that exists, got {value!r}.")
     return path

@@ -147,7 +147,8 @@ def test_quantised_weights_are_encoded_anew_only_with_leave(run, path, tmp_path)
             "convert {path} {folder}/out --to orbax --dtype float16",
             "--dtype has no effect on this conversion.",
         ),
-        ("convert {path} {folder}/absent/out", "OUT must be a new or empty folder in one that exists, got"),
+        ("convert {path} {folder}/absent/out", "OUT must be a new or an empty folder, no link or mounted"),
+        ("convert {path} .", "OUT must be a new or an empty folder, no link or mounted disk and not the"),
         ("convert {path} {path}", "OUT must be a folder if INPUT is a GGUF file"),
         (
             "convert {folder} {folder}/out.gguf",
