@@ -58,10 +58,33 @@ def to_safetensors(
       ValueError: if the type is not one of these, the size not positive or the folder in use.
       OSError: if the folder cannot be written.
     """
-    if dtype not in safetensors_writer.DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(safetensors_writer.DTYPES)}, got {dtype!r}.")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
+    tensors, files = _planned(gguf, dtype)
+    with folders.creating(folder) as temporary:
+        for name, values in files.items():
+            with open(os.path.join(temporary, name), "w", encoding="utf-8") as out:
+                json.dump(values, out, indent=2, ensure_ascii=False)
+        report = progress or ProgressLine(folder)
+        safetensors_writer.write_shards(temporary, tensors, max_shard_bytes, report)
+
+
+def plan(gguf: str | os.PathLike, *, dtype: str = "bfloat16") -> list[NewTensor]:
+    """Decides which tensors a checkpoint made of a file has; no weight is read.
+
+    Args:
+      gguf: as for `to_safetensors`, and so are `dtype` and the errors.
+
+    Returns:
+      The tensors, in the order of the file.
+    """
+    return _planned(gguf, dtype)[0]
+
+
+def _planned(gguf: str | os.PathLike, dtype: str) -> tuple[list[NewTensor], dict[str, dict[str, Any]]]:
+    """Returns the tensors of the checkpoint, and the objects of its JSON files by their names."""
+    if dtype not in safetensors_writer.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(safetensors_writer.DTYPES)}, got {dtype!r}.")
     file = open_gguf(gguf)
     config = hparams.model_config(file.metadata, file.tensors, file.path)
     num_nextn = _num_nextn(file, config)
@@ -70,13 +93,7 @@ def to_safetensors(
         files["config.json"] = _config_json(file, config, num_nextn, dtype)
     except ValueError as error:
         raise GGUFError(f"{file.path}: {error}") from None
-    tensors = list(_tensors(_Weights(file, dtype), config, num_nextn))
-    with folders.creating(folder) as temporary:
-        for name, values in files.items():
-            with open(os.path.join(temporary, name), "w", encoding="utf-8") as out:
-                json.dump(values, out, indent=2, ensure_ascii=False)
-        report = progress or ProgressLine(folder)
-        safetensors_writer.write_shards(temporary, tensors, max_shard_bytes, report)
+    return list(_tensors(_Weights(file, dtype), config, num_nextn)), files
 
 
 def _num_nextn(file: GGUFFile, config: ModelConfig) -> int:

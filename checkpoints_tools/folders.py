@@ -58,12 +58,16 @@ def beside(path: str | os.PathLike) -> Iterator[str]:
       Path of the folder.
 
     Raises:
-      OSError: if the folder cannot be made.
+      OSError: if the folder cannot be made, or a file in it; it names `path`, as the folder will be gone.
     """
     temporary = f"{os.path.normpath(path)}.{secrets.token_hex(4)}.tmp"
-    os.mkdir(temporary)
     try:
+        os.mkdir(temporary)
         yield temporary
+    except OSError as error:
+        if error.filename is None or str(error.filename).startswith(temporary):
+            error.filename = os.fspath(path)  # a full disk does not say where
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

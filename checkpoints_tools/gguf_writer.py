@@ -113,7 +113,7 @@ def _replacing(path: str) -> Iterator:
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.filename in (None, temporary):
             error.filename = path  # a full disk does not say where
         raise
     sync_folder(os.path.dirname(path) or ".")

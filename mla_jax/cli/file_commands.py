@@ -97,14 +97,14 @@ def convert(values):
 
 def split(values):
     """Writes a file as parts."""
-    paths.output_file("PREFIX", values.prefix)
+    prefix = paths.output_file("PREFIX", values.prefix)
     limits = dict(max_bytes=_num_bytes(values.max_size), max_tensors=values.max_tensors)
     if not values.dry_run:
-        parts = split_lib.split(values.input, values.prefix, **limits)
+        parts = split_lib.split(values.input, prefix, **limits)
         _tell("\n".join(f"wrote {part}" for part in parts))
         return
     rows = [("part", "tensors", "bytes")]
-    for part, infos in split_lib.plan(open_gguf(values.input), values.prefix, **limits).items():
+    for part, infos in split_lib.plan(open_gguf(values.input), prefix, **limits).items():
         rows.append((part, str(len(infos)), f"{sum(info.num_bytes for info in infos):,}"))
     _write(columns(rows))
 
@@ -113,7 +113,7 @@ def merge(values):
     """Writes the parts of a split file as one."""
     out = paths.output_file("OUT", values.out)
     if values.dry_run:
-        _write(_totals(open_gguf(values.first).tensors, out))
+        _write(_totals(open_gguf(values.first).tensors.values(), out))
         return
     split_lib.merge(values.first, out)
     _tell(f"wrote {out}")
@@ -145,7 +145,7 @@ def _from_orbax(values):
 
     out = paths.output_file("OUT", values.out)
     if values.dry_run:
-        _write(_totals(orbax_files.load_orbax(values.input).file_tensors, out))
+        _write(_totals(orbax_files.load_orbax(values.input).file_tensors.values(), out))
         return
     orbax_files.from_orbax(values.input, out)
     _tell(f"wrote {out}")
@@ -154,9 +154,7 @@ def _from_orbax(values):
 def _to_folder(values, to):
     out = paths.output_folder("OUT", values.out)
     if values.dry_run:
-        file = open_gguf(values.input)
-        check_model(file)
-        _write(_totals(file.tensors, out))
+        _write(_totals(_tensors_of_folder(values, to), out))
         return
     if to == "orbax":
         from checkpoints_tools import orbax_files  # as above
@@ -167,8 +165,16 @@ def _to_folder(values, to):
     _tell(f"wrote {out}")
 
 
+def _tensors_of_folder(values, to):
+    if to == "safetensors":
+        return export_lib.plan(values.input, dtype=values.dtype)
+    file = open_gguf(values.input)
+    check_model(file)
+    return file.tensors.values()
+
+
 def _totals(tensors, out):
-    num_bytes = sum(info.num_bytes for info in tensors.values())
+    num_bytes = sum(tensor.num_bytes for tensor in tensors)
     return f"{len(tensors)} tensors of {num_bytes:,} bytes would be written to {out}"
 
 

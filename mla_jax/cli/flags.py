@@ -245,9 +245,10 @@ def _convert(own):
     flags.DEFINE_string("input", None, "folder of a checkpoint, or GGUF file.", **own)
     flags.DEFINE_string("out", None, "GGUF file to write, or folder.", **own)
     kinds = ["gguf", "safetensors", "orbax"]
-    flags.DEFINE_enum("to", None, kinds, "gguf, safetensors or orbax; without it, gguf of a folder.", **own)
+    flags.DEFINE_enum("to", None, kinds, "without it, gguf of a folder and safetensors of a file.", **own)
     flags.DEFINE_string("type", "bf16", "of weight matrices in a GGUF file, as for quantize.", **own)
-    flags.DEFINE_boolean("keep_nextn", True, "keep layers that predict a second token.", **own)
+    nextn = "keep layers that predict a second token: not for ik_llama.cpp."
+    flags.DEFINE_boolean("keep_nextn", True, nextn, **own)
     dtypes = ["bfloat16", "float16", "float32"]
     flags.DEFINE_enum("dtype", "bfloat16", dtypes, "of safetensors: float32, float16 or bfloat16.", **own)
     _dry_run(own)

@@ -59,3 +59,16 @@ def test_what_fails_leaves_nothing(tmp_path):
         os.mkdir(os.path.join(unfinished, "inner"))
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_known", [False, True], ids=["full disk", "no such place"])
+def test_an_error_names_the_folder_that_was_asked_for(tmp_path, is_known):
+    with pytest.raises(OSError) as caught, creating(tmp_path / "out") as unfinished:
+        raise OSError(28, "No space left", *([os.path.join(unfinished, "file")] if is_known else []))
+    assert caught.value.filename == str(tmp_path / "out")
+    with pytest.raises(OSError) as caught, creating(tmp_path / "absent" / "out"):
+        pass
+    assert caught.value.filename == str(tmp_path / "absent" / "out")
+    with pytest.raises(OSError) as caught, creating(tmp_path / "out"):
+        raise OSError(2, "No such file", "another file")
+    assert caught.value.filename == "another file"

@@ -310,3 +310,9 @@ def test_alignment_is_kept(tmp_path):
         file = gguf_file.open_gguf(path)
         assert all(info.offset % alignment == 0 for info in file.tensors.values())
         np.testing.assert_array_equal(file.read("one"), tensors[-1].data)
+
+
+def test_what_cannot_be_written_is_named_as_it_was_given(tmp_path):
+    with pytest.raises(OSError) as caught:
+        gguf_writer.write_gguf(tmp_path / "absent" / "a.gguf", {}, [])
+    assert caught.value.filename == str(tmp_path / "absent" / "a.gguf")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import random
@@ -229,6 +230,12 @@ def test_split_and_merge(run, path, tmp_path, limits, num_parts):
     assert out.read_bytes() == path.read_bytes()
 
 
+def test_a_prefix_with_a_slash_at_its_end(run, path, tmp_path):
+    """Its parts lie where those of the prefix without it would: there is no such folder."""
+    assert run("split", path, f"{tmp_path}/part/")[0] == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["part-00001-of-00001.gguf"]
+
+
 @pytest.mark.parametrize(
     "written, num_bytes", [("7", 7), ("300k", 300_000), ("500MB", 500_000_000), ("4G", 4_000_000_000)]
 )
@@ -252,6 +259,12 @@ def test_convert_of_a_checkpoint(run, tmp_path):
     assert _types(out)["output.weight"] == "bf16"
 
 
+def test_a_dry_run_refuses_what_has_no_published_form(run, tmp_path):
+    write_deepseek2(tmp_path / "a.gguf", gating="softmax", normalize=True)
+    code, stdout, err = run("convert", tmp_path / "a.gguf", tmp_path / "hf", "--dry-run")
+    assert (code, stdout) == (2, "") and "normalize_weights must be false" in err
+
+
 def test_convert_to_orbax_and_back(run, path, tmp_path):
     folder, out = tmp_path / "orbax", tmp_path / "out.gguf"
     code, stdout, _ = run("convert", path, folder, "--to", "orbax", "--dry-run")
@@ -266,11 +279,15 @@ def test_convert_to_orbax_and_back(run, path, tmp_path):
 @pytest.mark.parametrize("flags, dtype", [("", "BF16"), ("--to safetensors --dtype float32", "F32")])
 def test_convert_to_safetensors_and_back(run, path, tmp_path, flags, dtype):
     folder, out = tmp_path / "hf", tmp_path / "out.gguf"
-    code, stdout, _ = run("convert", path, folder, *flags.split(), "--dry-run")
-    assert code == 0 and f"bytes would be written to {folder}\n" in stdout and not folder.exists()
+    code, told, _ = run("convert", path, folder, *flags.split(), "--dry-run")
+    assert code == 0 and not folder.exists()
     code, stdout, err = run("convert", path, folder, *flags.split())
     assert (code, stdout) == (0, "") and f"wrote {folder}\n" in err
-    assert safetensors_file.open_folder(folder).tensors["lm_head.weight"].dtype == dtype
+    tensors = safetensors_file.open_folder(folder).tensors
+    sizes = {"F32": 4, "BF16": 2}
+    num_bytes = sum(math.prod(info.shape) * sizes[info.dtype] for info in tensors.values())
+    assert told == f"{len(tensors)} tensors of {num_bytes:,} bytes would be written to {folder}\n"
+    assert tensors["lm_head.weight"].dtype == dtype
     assert run("convert", folder, out, "--type", "f32")[0] == 0
     assert (_data(out) == _data(path)) == (dtype == "F32")
 
