@@ -27,7 +27,7 @@ from absl import logging
 
 from checkpoints_tools import folders, hparams, json_file, layout, names
 from checkpoints_tools.ggml_types import TYPES
-from checkpoints_tools.gguf_file import GGUFError, TensorInfo
+from checkpoints_tools.gguf_file import GGUFError, TensorInfo, opened
 from checkpoints_tools.gguf_metadata import Field, Metadata
 from checkpoints_tools.load import Checkpoint, UnreadTensor, load_gguf
 from checkpoints_tools.progress import Progress
@@ -92,7 +92,7 @@ def load_orbax(folder: str | os.PathLike) -> Checkpoint:
     folder = os.fspath(folder)
     try:
         return _load(folder)
-    except GGUFError:
+    except (GGUFError, MemoryError):
         raise
     except Exception as error:  # of which orbax raises some itself, beside whatever a wrong JSON leads to
         what = type(error).__name__
@@ -180,7 +180,7 @@ def _files(folder: str) -> dict[str, str]:
     digests = {}
     for parent, _, names_here in os.walk(folder):
         for path in (os.path.join(parent, name) for name in names_here):
-            with open(path, "rb") as file:
+            with opened(path) as file:
                 digests[os.path.relpath(path, folder)] = hashlib.file_digest(file, "sha256").hexdigest()
     digests.pop(_ABOUT, None)
     return digests

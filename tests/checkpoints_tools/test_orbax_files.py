@@ -196,6 +196,22 @@ def test_a_lie_with_a_right_sha256_is_refused(written, tmp_path, change, match):
         load_orbax(tmp_path / "folder")
 
 
+def test_a_pipe_in_the_folder_is_not_waited_for(written, tmp_path):
+    shutil.copytree(written / "folder", tmp_path / "folder")
+    os.mkfifo(tmp_path / "folder" / "pipe")
+    with pytest.raises(GGUFError, match=r"folder/pipe: cannot be read: it must be a regular file"):
+        load_orbax(tmp_path / "folder")
+
+
+def test_too_little_memory_is_not_the_fault_of_the_folder(written, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(orbax_files.layout, "check_layout", fail)
+    with pytest.raises(MemoryError):
+        load_orbax(written / "folder")
+
+
 def test_a_folder_in_use_is_kept(written, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine").write_text("mine")
