@@ -18,20 +18,19 @@ from typing import Any
 import numpy as np
 
 from checkpoints_tools import hf_config, hf_names, hf_tokenizer, hparams, json_file, layout, safetensors_file
-from checkpoints_tools.ggml_types import IDS, TYPES
+from checkpoints_tools.ggml_types import IDS
 from checkpoints_tools.gguf_file import GGUFError
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from checkpoints_tools.hf_config import HFConfig
 from checkpoints_tools.inspect import columns
 from checkpoints_tools.progress import Progress, ProgressLine
-from checkpoints_tools.recipe import Recipe
+from checkpoints_tools.recipe import QUANTIZATION_VERSION, Recipe, fitting, misfits
 from checkpoints_tools.safetensors_file import SafetensorsFolder, StoredTensor
 from checkpoints_tools.save import file_rows
 from mla_jax import quant
 
 _WEIGHTS = 1 << 22  # at a time: 16 MiB when decoded
-_QUANTIZATION_VERSION = 2  # of the block formats, see ggml.h
-_FITTING = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "bf16"}  # for rows that fit no block
+_UNQUANTISED = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "bf16"}
 _IGNORED = re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq")  # follow from the config
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\..+")
 
@@ -47,12 +46,14 @@ class Row:
       name: GGUF name.
       shape: number of weights along each axis in NumPy order.
       type_name: GGUF type.
+      wanted: type that was asked for, which `type_name` is not if rows do not fit it.
       sources: tensors of the checkpoint that it is made of: one, or all experts in their order.
     """
 
     name: str
     shape: tuple[int, ...]
     type_name: str
+    wanted: str
     sources: tuple[StoredTensor, ...]
 
     @property
@@ -92,6 +93,7 @@ class Plan:
                 f"{len(self.folder.tensors)} tensors become {len(self.rows)} of "
                 f"{sum(row.num_bytes for row in self.rows):,} bytes: "
                 + ", ".join(f"{count} {type_name}" for type_name, count in types.items()),
+                *misfits((row.wanted, row.type_name) for row in self.rows),
                 f"{self.config.model.num_layers} layers, {num_nextn} that predict a second token",
                 f"vocabulary: {vocabulary}",
             ]
@@ -105,7 +107,8 @@ def plan(folder: str | os.PathLike, *, type: str = "bf16", keep_nextn: bool = Tr
       folder: `config.json` and safetensors of a DeepSeek-V2, DeepSeek-V3, Kimi-K2 or GLM-4.7-Flash, and its
         tokenizer if it has one. Matrices may be float32, float16, bfloat16, or FP8 with scales of blocks.
       type: type of weight matrices, or a mixture, as for `quantize`. Vectors and routers become f32; matrices
-        whose rows are no whole number of blocks keep their type, which for FP8 means bf16.
+        whose rows are no whole number of blocks get a type that fits them, or keep theirs (FP8 as bf16) if
+        rows fit no blocks at all.
       keep_nextn: keep the layers that predict a second token, if there are any.
 
     Returns:
@@ -126,7 +129,7 @@ def plan(folder: str | os.PathLike, *, type: str = "bf16", keep_nextn: bool = Tr
         sources = _sources(name, shape, config, source)
         used.update(info.name for info in sources)
         used.update(info.name + hf_names.SCALE_SUFFIX for info in sources if info.dtype == "F8_E4M3")
-        rows.append(Row(name, shape, _type_of(name, shape, sources, recipe), sources))
+        rows.append(Row(name, shape, *_types(name, shape, sources, recipe), sources))
     _check_nothing_is_lost(config, source, used, keep_nextn)
     metadata = _metadata(config, num_nextn, source, recipe, rows)
     metadata |= hf_tokenizer.tokenizer_metadata(source.path, config.model.vocab_size)
@@ -225,12 +228,17 @@ def _check_scale(info: StoredTensor, block: tuple[int, int] | None, source: Safe
         raise scale.fail(f"must be F32 of shape {shape}, got {scale.dtype} of {scale.shape}")
 
 
-def _type_of(name: str, shape: tuple[int, ...], sources: tuple[StoredTensor, ...], recipe: Recipe) -> str:
+def _types(
+    name: str, shape: tuple[int, ...], sources: tuple[StoredTensor, ...], recipe: Recipe
+) -> tuple[str, str]:
+    """Returns the type that a tensor gets, and the one that was asked for."""
     if len(shape) == 1 or name.endswith(".ffn_gate_inp.weight"):
-        return "f32"
+        return "f32", "f32"
     wanted = recipe.wanted(name)
-    is_fitting = shape[-1] % TYPES[IDS[wanted]].block_size == 0
-    return wanted if is_fitting else _FITTING[sources[0].dtype]
+    found = fitting(wanted, shape[-1])
+    if found == "f16" != wanted:  # which fits every row, but not every weight
+        found = _UNQUANTISED[sources[0].dtype]
+    return found, wanted
 
 
 def _check_nothing_is_lost(
@@ -256,7 +264,7 @@ def _metadata(
     if recipe.file_type is not None:
         values["general.file_type"] = recipe.file_type
     if any(row.type_name in quant.FORMATS for row in rows):
-        values["general.quantization_version"] = _QUANTIZATION_VERSION
+        values["general.quantization_version"] = QUANTIZATION_VERSION
     return values
 
 

@@ -4,7 +4,6 @@ Norms, routers, biases and whatever else is no weight matrix stay as they are, a
 type already are copied byte by byte. Memory is some chunks of rows, whatever the sizes of the tensors.
 """
 
-import collections
 import dataclasses
 import functools
 import math
@@ -23,13 +22,12 @@ from checkpoints_tools.inspect import columns, plain
 from checkpoints_tools.layout import FORMAT_NAMES
 from checkpoints_tools.model_file import check_model
 from checkpoints_tools.progress import Progress, ProgressLine
-from checkpoints_tools.recipe import Recipe, fitting, is_weight_matrix
+from checkpoints_tools.recipe import QUANTIZATION_VERSION, Recipe, fitting, is_weight_matrix, misfits
 from checkpoints_tools.row_chunks import row_chunks
 from checkpoints_tools.save import file_rows
 from mla_jax import quant
 
 _COPIED_BYTES = 16 << 20  # at a time
-_QUANTIZATION_VERSION = 2  # of the block formats, see ggml.h
 
 _decode = jax.jit(quant.decode)
 
@@ -98,11 +96,7 @@ class Plan:
             f"{count} tensors, {count - copied} encoded and {copied} copied: {old:,} bytes become {new:,}, "
             f"{8 * old / num_weights:.2f} bits per weight {8 * new / num_weights:.2f}"
         ]
-        misfits = collections.Counter((row.wanted, row.new) for row in self.rows if row.is_misfit)
-        lines += [
-            f"{count} tensors become {new}, because their rows are no whole number of blocks of {wanted}"
-            for (wanted, new), count in misfits.items()
-        ]
+        lines += misfits((row.wanted, row.new) for row in self.rows if row.wanted is not None)
         names = [row.name for row in self.rows if row.wanted is not None]
         lines += [
             f"no weight has the pattern {pattern!r} in its name" for pattern in self.recipe.unused(names)
@@ -231,7 +225,7 @@ def _metadata(chosen: Plan, imatrix: str | os.PathLike | None) -> dict[str, Fiel
     else:
         fields["general.file_type"] = Field.of(chosen.recipe.file_type, "u32")
     if any(row.new in quant.FORMATS for row in chosen.rows):
-        fields["general.quantization_version"] = Field.of(_QUANTIZATION_VERSION, "u32")
+        fields["general.quantization_version"] = Field.of(QUANTIZATION_VERSION, "u32")
     if chosen.importance is not None:
         fields["quantize.imatrix.file"] = Field.of(os.path.basename(os.fspath(imatrix)))
         fields["quantize.imatrix.entries_count"] = Field.of(len(chosen.importance), "i32")

@@ -1,5 +1,6 @@
 """Which type each tensor of a requantised file gets: by name of the type, by rules, and as its rows allow."""
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterable
@@ -8,6 +9,8 @@ from checkpoints_tools.ggml_types import IDS, TYPES
 from checkpoints_tools.gguf_file import TensorInfo
 from checkpoints_tools.layout import FORMAT_NAMES
 from mla_jax import quant
+
+QUANTIZATION_VERSION = 2  # of the block formats, see ggml.h
 
 # Of more bits in half of the layers, as llama-quantize's mixtures have it for dense models.
 _EVEN_LAYERS = r"^blk\.\d*[02468]\.(attn_kv_b|attn_v_b|ffn_down|ffn_down_exps|ffn_down_shexp)\.weight$"
@@ -108,6 +111,15 @@ def fitting(wanted: str, row_size: int) -> str:
         if is_possible and _bits(name) >= _bits(wanted):
             return name
     return _FALLBACKS[-1]
+
+
+def misfits(types: Iterable[tuple[str, str]]) -> list[str]:
+    """Returns a sentence for each pair of types (wanted, given) that differ, with the number of tensors."""
+    return [
+        f"{count} tensors become {given}, because their rows are no whole number of blocks of {wanted}"
+        for (wanted, given), count in collections.Counter(types).items()
+        if wanted != given
+    ]
 
 
 def _bits(name: str) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hf_folder import change_config, from_fp8, save, write_folder
 
-from checkpoints_tools import GGUFError, convert, hf_config, hf_names, load_gguf, names
+from checkpoints_tools import GGUFError, convert, hf_config, hf_names, load_gguf, names, quantize
 from checkpoints_tools.gguf_file import open_gguf
 from checkpoints_tools.hparams import model_config
 from mla_jax import quant
@@ -96,7 +96,7 @@ def test_vectors_and_routers_stay_exact(tmp_path):
 
 @pytest.mark.parametrize("type_name", ["q8_0", "Q8_0"])
 def test_blocks_are_those_of_the_encoder(tmp_path, type_name):
-    """Rows of 40 are no whole number of blocks and keep the type they have."""
+    """Rows of 40 are no whole number of blocks of any type and keep the one they have."""
     tensors = write_folder(tmp_path / "hf", dtype=np.float16, sizes=dict(kv_lora=40))
     convert.to_gguf(tmp_path / "hf", tmp_path / "a.gguf", type=type_name)
     checkpoint = load_gguf(tmp_path / "a.gguf")
@@ -111,6 +111,19 @@ def test_blocks_are_those_of_the_encoder(tmp_path, type_name):
             encoded = quant.encode(array, type_name.lower())
             np.testing.assert_array_equal(np.asarray(leaf.blocks), encoded.blocks, err_msg=name)
     assert checkpoint.metadata["general.quantization_version"] == 2
+
+
+@pytest.mark.parametrize("type_name", ["q4_K", "iq4_xs", "Q5_K_M"])
+def test_rows_that_do_not_fit_get_the_type_that_quantize_gives_them(tmp_path, type_name):
+    """As 1408 weights do not fit Q4_K in DeepSeek-V2-Lite; here some rows do and most do not."""
+    write_folder(tmp_path / "hf", dtype=ml_dtypes.bfloat16, sizes=dict(embed=256, kv_lora=96))
+    chosen = convert.to_gguf(tmp_path / "hf", tmp_path / "a.gguf", type=type_name)
+    convert.to_gguf(tmp_path / "hf", tmp_path / "bf16.gguf")
+    expected = quantize.plan(tmp_path / "bf16.gguf", type=type_name)
+    found = {name: info.type_name for name, info in open_gguf(tmp_path / "a.gguf").tensors.items()}
+    assert found == {row.name: row.new for row in expected.rows}
+    assert chosen.summary().splitlines()[1:-2] == expected.summary().splitlines()[1:]
+    assert len(set(found.values())) > 2 and "no whole number of blocks" in chosen.summary()
 
 
 @pytest.mark.parametrize("weights", [1 << 22, 1 << 9, 1])
