@@ -20,7 +20,7 @@ from mla_jax import quant
 from mla_jax.config import ModelConfig
 from mla_jax.quant import QuantizedTensor
 
-_PIECE_BYTES = 1 << 22  # of interleaved tensors, taken apart piece by piece so that they are held once
+_PIECE_BYTES = 1 << 22  # of tensors that are taken apart, piece by piece so that they are held once
 _PLAIN_DTYPES = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -118,16 +118,18 @@ def read_weight(
     stop_row = num_rows if stop_row is None else stop_row
     if not 0 <= start_row <= stop_row <= num_rows:
         raise ValueError(f"rows of {name!r} must be a range in [0, {num_rows}], got {start_row}:{stop_row}.")
-    read = _read_interleaved if info.type_name in interleave.BASES else _read_rows
-    rows = read(file, info, start_row, stop_row)
     format_name = layout.FORMAT_NAMES[info.ggml_type]
-    if format_name in _PLAIN_DTYPES:
+    is_plain = format_name in _PLAIN_DTYPES
+    header_bytes = 0 if is_plain else quant.FORMATS[format_name].header_bytes
+    if header_bytes or info.type_name in interleave.BASES:
+        header, rows = _read_apart(file, info, start_row, stop_row, header_bytes)
+    else:
+        header, rows = None, _read_rows(file, info, start_row, stop_row)
+    if is_plain:
         return rows.view(_PLAIN_DTYPES[format_name])
-    entry = quant.FORMATS[format_name]
-    header = rows[:, : entry.header_bytes].copy() if entry.header_bytes else None
-    num_blocks = (rows.shape[1] - entry.header_bytes) // entry.block_bytes
-    blocks = rows[:, entry.header_bytes :].reshape(len(rows), num_blocks, entry.block_bytes)
-    return QuantizedTensor(blocks=blocks, header=header, format=entry.name)
+    block_bytes = quant.FORMATS[format_name].block_bytes
+    blocks = rows.reshape(len(rows), rows.shape[1] // block_bytes, block_bytes)
+    return QuantizedTensor(blocks=blocks, header=header if header_bytes else None, format=format_name)
 
 
 def _read_rows(file: GGUFFile, info: TensorInfo, start_row: int, stop_row: int) -> np.ndarray:
@@ -137,18 +139,27 @@ def _read_rows(file: GGUFFile, info: TensorInfo, start_row: int, stop_row: int) 
     return data.reshape(stop_row - start_row, row_bytes)
 
 
-def _read_interleaved(file: GGUFFile, info: TensorInfo, start_row: int, stop_row: int) -> np.ndarray:
-    """Reads the groups that have the rows, and returns the rows in the base format as `_read_rows` does."""
-    base, row_size = interleave.BASES[info.type_name], info.shape[-1]
-    row_bytes = base.row_bytes(row_size)
-    rows = aligned_empty((stop_row - start_row) * row_bytes).reshape(stop_row - start_row, row_bytes)
-    step = max(1, _PIECE_BYTES // (row_bytes * base.rows)) * base.rows
-    for first in range(start_row // base.rows * base.rows, stop_row, step):
-        last = min(first + step, -(-stop_row // base.rows) * base.rows)
-        piece = interleave.deinterleave(info.type_name, _read_rows(file, info, first, last), row_size)
+def _read_apart(
+    file: GGUFFile, info: TensorInfo, start_row: int, stop_row: int, header_bytes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads rows in the base format: uint8[rows, bytes] of their headers, and of what follows these."""
+    row_size, base = info.shape[-1], interleave.BASES.get(info.type_name)
+    row_bytes = (base or TYPES[info.ggml_type]).row_bytes(row_size)
+    group_rows, num_rows = base.rows if base else 1, stop_row - start_row
+    header, body = (
+        aligned_empty(num_rows * size).reshape(num_rows, size)
+        for size in (header_bytes, row_bytes - header_bytes)
+    )
+    step = max(1, _PIECE_BYTES // (row_bytes * group_rows)) * group_rows
+    for first in range(start_row // group_rows * group_rows, stop_row, step):
+        last = min(first + step, -(-stop_row // group_rows) * group_rows)
+        piece = _read_rows(file, info, first, last)
+        if base:
+            piece = interleave.deinterleave(info.type_name, piece, row_size)
         start, stop = max(first, start_row), min(last, stop_row)
-        rows[start - start_row : stop - start_row] = piece[start - first : stop - first]
-    return rows
+        piece, part = piece[start - first : stop - first], slice(start - start_row, stop - start_row)
+        header[part], body[part] = piece[:, :header_bytes], piece[:, header_bytes:]
+    return header, body
 
 
 def _on_device(matrix: np.ndarray | QuantizedTensor, shape: tuple[int, ...]) -> jax.Array | QuantizedTensor:

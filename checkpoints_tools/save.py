@@ -18,7 +18,7 @@ from mla_jax import quant
 from mla_jax.config import ModelConfig
 from mla_jax.quant import QuantizedTensor
 
-_PIECE_BYTES = 1 << 22  # of interleaved tensors, made one after another
+_PIECE_BYTES = 1 << 22  # of tensors whose bytes must be put together, made one after another
 _PLAIN_TYPES = {"float32": IDS["f32"], "float16": IDS["f16"], "bfloat16": IDS["bf16"]}
 
 
@@ -64,7 +64,7 @@ def export_gguf(
       params: nested dict of float32 arrays, as `nn.init_params` makes it.
       config: the model.
       tokenizer_metadata: key-values `tokenizer.*`, plain values; keys `general.*` may be among them.
-      weight_type: "f32", "f16", "bf16" or "q8_0", for matrices; vectors and routers stay float32, and so do
+      weight_type: one of `quant.ENCODABLE`, for matrices; vectors and routers stay float32, and so do
         matrices whose rows are no whole number of blocks.
 
     Raises:
@@ -83,11 +83,10 @@ def export_gguf(
 
 
 def _encode(name: str, weight: np.ndarray, weight_type: str) -> TensorData:
-    ggml_type = IDS.get(weight_type)
-    if ggml_type is None:
-        raise ValueError(f"weight_type must be f32, f16, bf16 or q8_0, got {weight_type!r}.")
+    if weight_type not in quant.ENCODABLE:
+        raise ValueError(f"weight_type must be one of {', '.join(quant.ENCODABLE)}, got {weight_type!r}.")
     is_small = weight.ndim == 1 or name.endswith("ffn_gate_inp.weight")
-    if is_small or weight.shape[-1] % TYPES[ggml_type].block_size:
+    if is_small or weight.shape[-1] % TYPES[IDS[weight_type]].block_size:
         weight_type = "f32"
     return _tensor(name, quant.encode(weight, weight_type), None)
 
@@ -103,26 +102,32 @@ def _tensor(name: str, leaf: jax.Array | QuantizedTensor, info: TensorInfo | Non
             f"parameter {name!r} must be float32, float16, bfloat16 or blocks, got {leaf.dtype}."
         )
     shape = leaf.shape
-    if info is not None and math.prod(info.shape) == math.prod(leaf.shape):
+    is_same_rows = info is not None and info.shape[-1:] == shape[-1:]
+    if is_same_rows and math.prod(info.shape) == math.prod(shape):
         shape = info.shape  # old files have some as matrices, with the same bytes
         is_of_file = layout.FORMAT_NAMES.get(info.ggml_type) == layout.FORMAT_NAMES[ggml_type]
         ggml_type = info.ggml_type if is_of_file else ggml_type
     type_name = TYPES[ggml_type].name
-    data = file_rows(leaf)
-    if type_name in interleave.BASES:
-        data = functools.partial(_interleaved, type_name, data, shape)
-    return TensorData(name, shape, ggml_type, data)
+    has_header = isinstance(leaf, QuantizedTensor) and leaf.header is not None
+    if has_header or type_name in interleave.BASES:
+        return TensorData(name, shape, ggml_type, functools.partial(_pieces, type_name, leaf, shape))
+    return TensorData(name, shape, ggml_type, file_rows(leaf))
 
 
-def _interleaved(
-    type_name: str, rows: jax.Array | np.ndarray, shape: tuple[int, ...]
+def _pieces(
+    type_name: str, weight: jax.Array | QuantizedTensor, shape: tuple[int, ...]
 ) -> Iterator[np.ndarray]:
-    """Yields the bytes of a weight, given those of its rows, in pieces of whole groups."""
-    rows = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).reshape(math.prod(shape[:-1]), -1)
-    group_rows = interleave.BASES[type_name].rows
-    step = max(1, _PIECE_BYTES // (rows.shape[1] * group_rows)) * group_rows
-    for first in range(0, len(rows), step):
-        yield interleave.interleave(type_name, rows[first : first + step], shape[-1])
+    """Yields the bytes of a weight that is interleaved in the file, or has headers, some rows at a time."""
+    num_rows, base = math.prod(shape[:-1]), interleave.BASES.get(type_name)
+    group_rows = base.rows if base else 1
+    matrix = jax.tree.map(
+        lambda part: np.asarray(part).reshape(num_rows, *part.shape[weight.ndim - 1 :]), weight
+    )
+    step = max(1, _PIECE_BYTES // (group_rows * TYPES[IDS[type_name]].row_bytes(shape[-1]))) * group_rows
+    for first in range(0, num_rows, step):
+        rows = file_rows(jax.tree.map(lambda part, first=first: part[first : first + step], matrix))
+        rows = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+        yield interleave.interleave(type_name, rows, shape[-1]) if base else rows
 
 
 def file_rows(weight: jax.Array | np.ndarray | QuantizedTensor) -> jax.Array | np.ndarray:
