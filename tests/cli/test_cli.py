@@ -59,7 +59,7 @@ def run_apart(home, *args, stdin="", **environment):
 def test_a_process_streams_text_to_stdout_and_figures_to_stderr(home, path, expected):
     code, out, err = run_apart(home, "generate", "-m", path, "-p", "the", "-n", "8", "--temp", "0")
     assert (code, out) == (0, f"the{expected}\n")
-    loaded, cache, figures = err.splitlines()
+    loaded, cache, figures = err.splitlines()[-3:]  # a slow machine is told how far loading is
     assert loaded.startswith(f"loaded {path} in ") and "context 4096 tokens" in loaded
     assert loaded.endswith(f"compiled code is kept in {home / '.cache' / 'mla_jax' / 'xla'}")
     assert cache == "cache: 192 bytes a token, 0.8 MiB in all"  # 2 layers of 32 + 16 numbers in 16 bits
