@@ -13,6 +13,8 @@ from mla_jax.config import ModelConfig
 
 PLAIN_TYPES = tuple(IDS[name] for name in ("f32", "f16", "bf16"))
 
+_ADDED = ("bias", "scale")  # to a weight, the latter by llama.cpp to nvfp4
+
 Shape = tuple[int, ...]
 
 
@@ -53,7 +55,8 @@ def check_layout(config: ModelConfig, tensors: Mapping[str, TensorInfo], path: s
       The layout.
 
     Raises:
-      GGUFError: for the first tensor that is missing, or has another shape or an unsupported type.
+      GGUFError: for the first tensor that is missing, has another shape or an unsupported type, or would change
+        the result if it were read.
     """
     shapes = {}
     for name, shape in expected_shapes(config, tensors).items():
@@ -62,6 +65,10 @@ def check_layout(config: ModelConfig, tensors: Mapping[str, TensorInfo], path: s
         _check_tensor(tensors[name], shape)
         shapes[name] = shape
     unread = tuple(name for name in tensors if name not in shapes)
+    for name in unread:
+        weight, _, kind = name.rpartition(".")
+        if kind in _ADDED and f"{weight}.weight" in shapes:
+            raise GGUFError(f"{path}: tensor {name!r} must not be there: no {kind} of a weight is supported.")
     _log_choices(path, config, tensors, unread)
     return Layout(shapes, unread)
 

@@ -234,6 +234,15 @@ _TENSORS = {
     "weights of i32": _tensor(r"has type i32 \(26\)", "output.weight", (12, 8), I32_TENSOR, 12 * 8 * 4),
     "weights of i64": _tensor(r"has type i64 \(27\)", "output.weight", (12, 8), I64_TENSOR, 12 * 8 * 8),
     "weights of f64": _tensor(r"has type f64 \(28\)", "output.weight", (12, 8), F64_TENSOR, 12 * 8 * 8),
+    "scale of a weight": _tensor(
+        r"'blk\.1\.ffn_down_exps\.scale' must not be there: no scale of a weight is supported",
+        "blk.1.ffn_down_exps.scale",
+        (4,),
+        F32_TENSOR,
+    ),
+    "bias of a weight": _tensor(
+        r"'blk\.0\.attn_q_a\.bias' must not .* no bias", "blk.0.attn_q_a.bias", (4,), F32_TENSOR
+    ),
     "norm of i8": _tensor(
         r"'output_norm\.weight' has type i8 \(24\), supported for vectors",
         "output_norm.weight",
