@@ -55,8 +55,8 @@ def check_layout(config: ModelConfig, tensors: Mapping[str, TensorInfo], path: s
       The layout.
 
     Raises:
-      GGUFError: for the first tensor that is missing, has another shape or an unsupported type, or would change
-        the result if it were read.
+      GGUFError: for the first tensor that is missing, has another shape or an unsupported type, or that would
+        change the result if it were read.
     """
     shapes = {}
     for name, shape in expected_shapes(config, tensors).items():
