@@ -104,6 +104,16 @@ def test_q5_0_r4_by_definition():
     np.testing.assert_allclose(decoded("q5_0_r4", data), values, rtol=1e-6)
 
 
+def test_mxfp4_r8_by_definition():
+    data, values = sane_data("mxfp4_r8", 1), np.zeros((8, SIZE))
+    twice = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
+    for row, weight in np.ndindex(8, SIZE):
+        block, place = data.reshape(-1, 136)[weight // 32], weight % 16
+        byte = int(block[8 + 32 * (place // 4) + 4 * row + place % 4])
+        values[row, weight] = 2.0 ** (int(block[row]) - 128) * twice[byte >> weight % 32 // 16 * 4 & 15]
+    np.testing.assert_array_equal(decoded("mxfp4_r8", data), values)
+
+
 def test_q8_kv_r8_by_definition():
     data = sane_data("q8_KV_r8")
     rows = interleave.deinterleave("q8_KV_r8", data, SIZE)

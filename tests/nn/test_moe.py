@@ -208,12 +208,22 @@ def test_merged_gate_and_up_equal_them_apart():
     np.testing.assert_allclose(apply(merged), expected, rtol=1e-5, atol=2e-6)
 
 
+def _with_row_scales(weight):
+    """Returns the weight as q8_KV, which has the scale of a row and a sum that is not read in a header."""
+    scale = np.abs(weight).max(axis=-1, keepdims=True) / np.float32(127)
+    codes = np.rint(weight / scale).astype(np.int8).view(np.uint8)
+    header = np.pad(scale.view(np.uint8), [(0, 0)] * (scale.ndim - 1) + [(0, 4)])
+    blocks = codes.reshape(*codes.shape[:-1], -1, 32)
+    return quant.QuantizedTensor(blocks=blocks, header=header, format="q8_KV")
+
+
 @pytest.mark.parametrize(("X", "K", "E"), [(1, 3, 4), (41, 2, 3)], ids=["decode", "prefill"])
-def test_quantised_experts_equal_their_decoded_selves(X, K, E):
+@pytest.mark.parametrize(
+    "quantise", [lambda weight: quant.encode(weight, "q8_0"), _with_row_scales], ids=["q8_0", "q8_KV"]
+)
+def test_quantised_experts_equal_their_decoded_selves(X, K, E, quantise):
     ids, experts, (x, weights) = _draw_ids("random", X, K, E), _draw_experts(E), _draw_tokens(X, K)
-    blocks = {
-        name: jax.tree.map(jnp.asarray, quant.encode(weight, "q8_0")) for name, weight in experts.items()
-    }
+    blocks = {name: jax.tree.map(jnp.asarray, quantise(weight)) for name, weight in experts.items()}
     decoded = jax.tree.map(quant.decode, blocks, is_leaf=lambda leaf: isinstance(leaf, quant.QuantizedTensor))
     out = _grouped_ffn(x, ids, weights, blocks, E)
     np.testing.assert_allclose(out, ffn_by_definition(x, ids, weights, decoded), rtol=1e-5, atol=2e-6)
