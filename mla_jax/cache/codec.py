@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.quant import bits as bits_lib
-from mla_jax.quant import quantisers
+from mla_jax.quant import i_quants, quantisers
 
 PLAIN = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16, "fp8_e4m3": jnp.float8_e4m3fn}
 
@@ -50,7 +50,7 @@ BLOCK_TYPES: dict[str, BlockType] = {
     "q5_0": BlockType(4, 1, 32, jnp.float16, 16, quantisers.q5_0),
     "q4_1": BlockType(4, 0, 32, jnp.float16, 0, quantisers.q4_1),
     "q4_0": BlockType(4, 0, 32, jnp.float16, 8, quantisers.q4_0),
-    "iq4_nl": BlockType(4, 0, 32, jnp.float16, quantisers.IQ4_NL_LEVELS, quantisers.iq4_nl),
+    "iq4_nl": BlockType(4, 0, 32, jnp.float16, i_quants.VALUES_4, quantisers.iq4_nl),
 }
 
 

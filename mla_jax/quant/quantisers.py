@@ -12,12 +12,10 @@ Source: iqk_quantize.cpp and ggml-quants.c of ik_llama.cpp; restated, and tested
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-IQ4_NL_LEVELS = np.array(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
-)
-_MIDPOINTS = (IQ4_NL_LEVELS[1:] + IQ4_NL_LEVELS[:-1]) / 2
+from mla_jax.quant.i_quants import VALUES_4
+
+_MIDPOINTS = (VALUES_4[1:] + VALUES_4[:-1]) / 2
 _MAX_MOVES = 1024  # no block comes near it; a bound in case rounding makes the search go in a circle
 
 
@@ -72,7 +70,7 @@ def q4_0_plain(x):
 def iq4_nl(x):
     """Takes the nearest of 16 uneven levels, refits, then moves single codes as long as the fit improves."""
     extreme = _extreme(x)
-    scaled = x * _inverse(extreme, float(IQ4_NL_LEVELS[0]))[..., None]
+    scaled = x * _inverse(extreme, float(VALUES_4[0]))[..., None]
     codes = jnp.searchsorted(jnp.asarray(_MIDPOINTS), scaled, side="right").astype(jnp.int32)
     codes = jnp.where(extreme[..., None] == 0, 0, codes)
     state = codes, *_fit(x, _level(codes), x * x), extreme != 0
@@ -83,7 +81,7 @@ def iq4_nl(x):
 
 
 def _level(codes):
-    return jnp.take(jnp.asarray(IQ4_NL_LEVELS), codes, axis=0)
+    return jnp.take(jnp.asarray(VALUES_4), codes, axis=0)
 
 
 def _move_one_code(x, codes, along, length, moves):

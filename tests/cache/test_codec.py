@@ -8,7 +8,7 @@ import pytest
 
 from mla_jax.cache import codec
 from mla_jax.config import CACHE_TYPES, QUANTISED_CACHE_TYPES
-from mla_jax.quant import quantisers
+from mla_jax.quant import i_quants
 
 ROWS, WIDTH = 40, 192
 BLOCKS = [name for name in QUANTISED_CACHE_TYPES if name != "fp8_e4m3"]
@@ -88,10 +88,10 @@ def test_iq4_nl_takes_levels_and_fits_better_than_the_nearest_ones():
     blocks = x.astype(np.float64).reshape(-1, 32)
     scale = np.asarray(codes.scale, np.float64).reshape(-1, 1)
     ratio = np.divide(found, scale, out=np.zeros_like(found), where=scale != 0)
-    distance = np.abs(ratio[..., None] - quantisers.IQ4_NL_LEVELS).min(axis=-1)
+    distance = np.abs(ratio[..., None] - i_quants.VALUES_4).min(axis=-1)
     assert distance[scale[:, 0] != 0].max() < 1e-3
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[:, None], axis=-1)
-    levels = quantisers.IQ4_NL_LEVELS.astype(np.float64)
+    levels = i_quants.VALUES_4.astype(np.float64)
     target = np.divide(blocks * -127, extreme, out=np.zeros_like(blocks), where=extreme != 0)
     nearest = levels[np.abs(target[..., None] - levels).argmin(axis=-1)]
     weight = blocks**2
