@@ -4,6 +4,7 @@ import ctypes
 import pathlib
 
 import ik_library
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +19,9 @@ SHAPE = (96, 512)
 MAX_RATIO = 1.03  # of the root mean square error to the peer's
 NAMES = [name for name in quant.ENCODABLE if name in quant.FORMATS]
 WITH_A_RULE = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
+
+
+_decode = jax.jit(quant.decode)
 
 
 def _peer(name, values, importance):
@@ -37,7 +41,7 @@ def _peer(name, values, importance):
 
 
 def _error(weight, values, importance):
-    squares = (np.asarray(quant.decode(weight), np.float64) - values) ** 2
+    squares = (np.asarray(_decode(weight), np.float64) - values) ** 2
     return np.sqrt((squares if importance is None else importance * squares).mean())
 
 
@@ -78,4 +82,4 @@ def test_the_peer_decodes_what_is_decoded_here(name):
     parts = [weight.blocks.reshape(SHAPE[0], -1)]
     parts = parts if weight.header is None else [weight.header, *parts]
     rows = [ik_library.dequantise_row(name, row, SHAPE[1]) for row in np.concatenate(parts, axis=1)]
-    np.testing.assert_allclose(np.stack(rows), quant.decode(weight), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(np.stack(rows), _decode(weight), rtol=1e-6, atol=1e-6)

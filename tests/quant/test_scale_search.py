@@ -51,6 +51,17 @@ def test_scale_is_about_the_best(levels, values):
     assert ratio.mean() < 1.02 and ratio.max() < 1.2
 
 
+@each_levels
+def test_a_large_weight_that_does_not_matter_is_cut_off(levels, values):
+    x, weights = np.random.default_rng(3).standard_normal((24, 32), np.float32), np.ones((24, 32), np.float32)
+    x[:, 0] = 3.5 * np.abs(x).max(axis=-1)
+    weights[:, 0] = 1e-6
+    scale = np.asarray(scale_search.fit_scale(jnp.asarray(x), jnp.asarray(weights), levels))
+    alone = np.asarray(scale_search.fit_scale(jnp.asarray(x[:, 1:]), jnp.asarray(weights[:, 1:]), levels))
+    found, best = (_error(x[:, 1:], 1.0, s * _nearest(x[:, 1:] / s, values)) for s in (scale, alone))
+    assert np.sqrt(found / best).mean() < 1.15
+
+
 def test_the_better_of_two_versions_is_taken():
     x, weights = map(jnp.asarray, _draw(seed=1))
     first, second = LEVELS["table"][0], LEVELS["shifted table"][0]
@@ -94,10 +105,11 @@ def test_line_is_about_the_best(highest, is_negative):
 @pytest.mark.parametrize("is_negative", [False, True], ids=["any offset", "negative offset"])
 @pytest.mark.parametrize("constant", [0.0, 5.0, -5.0])
 def test_line_of_a_constant(constant, is_negative):
-    x = jnp.full((2, 32), constant)
-    scale, offset = scale_search.fit_line(x, _draw(runs=2)[1], 15, is_offset_negative=is_negative)
+    x = jnp.full((4096, 32), constant)
+    scale, offset = scale_search.fit_line(x, _draw(runs=4096)[1], 15, is_offset_negative=is_negative)
     codes = np.where(scale > 0, np.rint((x - offset) / jnp.where(scale > 0, scale, 1.0)), 0)
     np.testing.assert_allclose(scale * codes + offset, x, rtol=1e-5)
+    assert scale.max() <= abs(constant)
 
 
 def test_weights_are_relative_and_positive():
