@@ -107,7 +107,7 @@ def _read_legacy(path: str) -> dict[str, np.ndarray]:
     """Reads the number of entries, the entries, and what some writers have after them: a count and a text."""
     with opened(path) as raw:
         reader = _Reader(path, io.BufferedReader(raw), os.fstat(raw.fileno()).st_size)
-        num_entries = reader.integer("the number of entries", 1, _MAX_ENTRIES)
+        num_entries = reader.integer("the number of entries, with which an imatrix begins,", 1, _MAX_ENTRIES)
         entries: dict[str, np.ndarray] = {}
         for _ in range(num_entries):
             start = reader.offset

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from checkpoints_tools import hparams
 from checkpoints_tools.gguf_file import GGUFError, GGUFFile, open_gguf
 from checkpoints_tools.gguf_metadata import Field
 from checkpoints_tools.model_file import check_model
@@ -47,6 +48,7 @@ def _summary(file: GGUFFile) -> str:
     try:
         config, _ = check_model(file)
         rows += [*_sizes(config), ("memory", _memory(config, num_bytes))]
+        hparams.vocabulary(file.metadata, config, file.path)
     except GGUFError as error:
         rows.append(("cannot be run", str(error).removeprefix(f"{file.path}: ")))
     return columns(rows)

@@ -11,11 +11,13 @@ beside it what is on its way to or from the disk, some times the largest array o
 
 import base64
 import dataclasses
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -102,6 +104,9 @@ def load_orbax(folder: str | os.PathLike) -> Checkpoint:
 
 
 def _save_tree(temporary: str, tree: Any, folder: str) -> None:
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    if shutil.disk_usage(temporary).free < num_bytes:  # orbax itself leaves threads behind that still write
+        raise OSError(errno.ENOSPC, f"it needs {num_bytes:,} bytes, and the disk has less", folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)  # of one error orbax logs the traceback of each of its threads
     try:

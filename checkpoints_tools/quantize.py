@@ -184,7 +184,7 @@ def _row(info: TensorInfo, recipe: Recipe, allow_requantize: bool) -> Row:
     if not (is_exact or allow_requantize):
         raise ValueError(
             f"{info.path}: tensor {info.name!r} is quantised already, as {info.type_name}: making it {new} "
-            "loses precision twice, and must be allowed with allow_requantize."
+            "loses precision twice, and must be allowed (--allow-requantize)."
         )
     return Row(info.name, info.shape, info.type_name, new, wanted)
 

@@ -52,7 +52,7 @@ _COMMANDS = {
 
 _LONGEST_CHOICES = 24  # characters; a longer list is told in the text of its flag
 _VALUE_NAMES = {"int": "N", "float": "X", "string": "TEXT", "multi string": "TEXT"}
-_TERMINATED = 128 + signal.SIGTERM
+_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 class _Terminated(BaseException):
@@ -75,9 +75,23 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except _Terminated:
         return _TERMINATED
+
+
+def run() -> int:
+    """Is `main` for a process of its own; when interrupted it ends here and now.
+
+    Threads of XLA may still compute what was begun, and would crash while the interpreter is taken down.
+    """
+    code = main()
+    if code in (_INTERRUPTED, _TERMINATED):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 @contextlib.contextmanager

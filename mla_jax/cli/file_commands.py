@@ -68,6 +68,8 @@ def quantize(values):
 def convert(values):
     """Writes a folder of another kind as a GGUF file, or a GGUF file as such a folder."""
     _use_the_cpu()
+    if not os.path.exists(values.input):
+        raise UsageError(f"INPUT must be a folder or a GGUF file that exists, got {values.input!r}.")
     is_folder = os.path.isdir(values.input)
     to = values.to or ("gguf" if is_folder else "safetensors")
     if not is_folder and values.out.endswith(".gguf"):
@@ -130,8 +132,15 @@ def _use_the_cpu():
     jax.config.update("jax_platforms", "cpu")
 
 
+def _file_elsewhere(values):
+    """Returns OUT, a file that is not in the folder that is read."""
+    if os.path.realpath(values.out).startswith(os.path.realpath(values.input) + os.sep):
+        raise UsageError(f"OUT must not lie in the folder that is converted, got {values.out!r}.")
+    return paths.output_file("OUT", values.out)
+
+
 def _from_checkpoint(values):
-    out, settings = paths.output_file("OUT", values.out), dict(type=values.type, keep_nextn=values.keep_nextn)
+    out, settings = _file_elsewhere(values), dict(type=values.type, keep_nextn=values.keep_nextn)
     if values.dry_run:
         chosen = convert_lib.plan(values.input, **settings)
         _write(f"{chosen.table()}\n\n{chosen.summary()}")
@@ -143,7 +152,7 @@ def _from_checkpoint(values):
 def _from_orbax(values):
     from checkpoints_tools import orbax_files  # orbax takes half a second to import: not for other commands
 
-    out = paths.output_file("OUT", values.out)
+    out = _file_elsewhere(values)
     if values.dry_run:
         _write(_totals(orbax_files.load_orbax(values.input).file_tensors.values(), out))
         return

@@ -104,12 +104,12 @@ def test_importance_of_experts_goes_into_the_encoder(tmp_path, means):
 
 ONE = np.ones(4, np.float32)
 BAD_LEGACY = {
-    "empty": (b"", "the number of entries needs 4 bytes, 0 are left"),
+    "empty": (b"", "the number of entries, .* needs 4 bytes, 0 are left"),
     "text": (
         b"hello, this is a text\n",
-        r"at byte 0: the number of entries must be 1 to 1000000, got 1819043176",
+        r"at byte 0: the number of entries, .* must be 1 to 1000000, got 1819043176",
     ),
-    "no entries": (_legacy(), "at byte 0: the number of entries must be 1 to 1000000, got 0"),
+    "no entries": (_legacy(), "at byte 0: the number of entries, .* must be 1 to 1000000, got 0"),
     "negative count": (_legacy(count=-1), "must be 1 to 1000000, got -1"),
     "more entries than bytes": (
         _legacy(_entry("a", ONE), count=900_000, tail=b""),

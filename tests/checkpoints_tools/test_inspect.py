@@ -33,6 +33,17 @@ def test_a_model(tmp_path):
     assert "cannot be run" not in text
 
 
+def test_a_model_without_a_vocabulary(tmp_path):
+    write_deepseek2(tmp_path / "a.gguf")
+    file = open_gguf(tmp_path / "a.gguf")
+    keys = {key: field for key, field in file.metadata.fields.items() if not key.startswith("tokenizer.")}
+    tensors = [TensorData(i.name, i.shape, i.ggml_type, file.read(i.name)) for i in file.tensors.values()]
+    write_gguf(tmp_path / "b.gguf", keys, tensors)
+    assert "cannot be run" not in checkpoints_tools.describe(tmp_path / "a.gguf")
+    told = [line for line in checkpoints_tools.describe(tmp_path / "b.gguf").splitlines() if "cannot" in line]
+    assert len(told) == 1 and "tokenizer.ggml" in told[0]
+
+
 def test_another_architecture(tmp_path):
     tensor = TensorData("strange\x1b[31m", (2, 256), IDS["iq4_ks"], np.zeros(2 * (4 + 136), np.uint8))
     values = {

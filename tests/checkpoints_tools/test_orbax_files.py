@@ -248,6 +248,13 @@ except OSError as error:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit on the size of files")
+def test_a_disk_without_room_is_left_alone(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(OSError, match=r"needs [\d,]+ bytes, and the disk has less") as caught:
+        to_orbax(written / "a.gguf", tmp_path / "folder")
+    assert caught.value.filename == str(tmp_path / "folder") and os.listdir(tmp_path) == []
+
+
 def test_a_full_disk_leaves_nothing(written, tmp_path):
     command = [sys.executable, "-c", _FULL, written / "a.gguf", tmp_path / "folder"]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

@@ -149,6 +149,7 @@ def test_quantised_weights_are_encoded_anew_only_with_leave(run, path, tmp_path)
             "--dtype has no effect on this conversion.",
         ),
         ("convert {path} {folder}/absent/out", "OUT must be a new or an empty folder, no link or mounted"),
+        ("convert {folder}/absent x.gguf", "INPUT must be a folder or a GGUF file that exists, got"),
         ("convert {path} .", "OUT must be a new or an empty folder, no link or mounted disk and not the"),
         ("convert {path} {path}", "OUT must be a folder if INPUT is a GGUF file"),
         (
@@ -272,6 +273,9 @@ def test_convert_to_orbax_and_back(run, path, tmp_path):
     assert run("convert", path, folder, "--to", "orbax")[0] == 0
     code, stdout, _ = run("convert", folder, out, "--dry-run")
     assert code == 0 and f"bytes would be written to {out}\n" in stdout and not out.exists()
+    inside = folder / "x.gguf"
+    code, _, err = run("convert", folder, inside)
+    assert (code, inside.exists()) == (2, False) and "OUT must not lie in the folder" in err
     assert run("convert", folder, out)[0] == 0
     assert out.read_bytes() == path.read_bytes()
 
@@ -403,6 +407,20 @@ def test_memory_is_that_of_a_tensor_and_not_of_the_file(path, tmp_path):
     grown = _peak_bytes("quantize", source, out, "q8_0") - _peak_bytes("quantize", path, out, "q8_0")
     print(f"{source.stat().st_size:,} bytes, largest tensor {largest:,}: {grown:,} bytes of memory")
     assert grown < largest + 50e6 < source.stat().st_size - 70e6
+
+
+def test_an_interrupt_while_encoding_does_not_crash(large, tmp_path):
+    root = str(pathlib.Path(mla_jax.__file__).parent.parent)
+    script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script += "from mla_jax.cli import run; sys.exit(run())"
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, "quantize", large[0], tmp_path / "out.gguf", "q4_K"],
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    _wait_for(tmp_path, 1_000_000)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=60) == 130 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
