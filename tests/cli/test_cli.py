@@ -16,7 +16,7 @@ from checkpoints_tools.ggml_types import IDS
 from checkpoints_tools.gguf_file import open_gguf
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from mla_jax import generate, steps
-from mla_jax.cli import commands
+from mla_jax.cli import app, commands
 
 COMMANDS = ("generate", "chat", "inspect", "plan", "check", "quantize", "convert", "split", "merge", "diff")
 COMMANDS += ("ser-sweep", "train")
@@ -372,6 +372,14 @@ def test_an_interrupt_ends_the_command_quietly(run, path, monkeypatch):
     monkeypatch.setattr(steps, "decode", interrupt)
     code, _, err = run("generate", "-m", path, "-p", "x")
     assert code == 130 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("code, ends_at_once", [(0, False), (2, False), (130, True), (143, True)])
+def test_an_interrupted_process_ends_at_once(monkeypatch, code, ends_at_once):
+    ended = []
+    monkeypatch.setattr(app, "main", lambda: code)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    assert app.run() == code and ended == [code] * ends_at_once
 
 
 @pytest.mark.skipif(not generate.PACKAGED_MODEL.exists(), reason="the packaged model is not in this checkout")

@@ -409,20 +409,6 @@ def test_memory_is_that_of_a_tensor_and_not_of_the_file(path, tmp_path):
     assert grown < largest + 50e6 < source.stat().st_size - 70e6
 
 
-def test_an_interrupt_while_encoding_does_not_crash(large, tmp_path):
-    root = str(pathlib.Path(mla_jax.__file__).parent.parent)
-    script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    script += "from mla_jax.cli import run; sys.exit(run())"
-    child = subprocess.Popen(
-        [sys.executable, "-c", script, "quantize", large[0], tmp_path / "out.gguf", "q4_K"],
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": root},
-    )
-    _wait_for(tmp_path, 1_000_000)
-    child.send_signal(signal.SIGINT)
-    assert child.wait(timeout=60) == 130 and list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupted_run_removes_what_it_had_begun(large, start, tmp_path, number, code):
     out = tmp_path / "out.gguf"
