@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 
 from checkpoints_tools import hf_config, hf_names, hf_tokenizer, hparams, json_file, layout, safetensors_file
-from checkpoints_tools.ggml_types import IDS
+from checkpoints_tools.ggml_types import IDS, TYPES
 from checkpoints_tools.gguf_file import GGUFError
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from checkpoints_tools.hf_config import HFConfig
 from checkpoints_tools.inspect import columns
 from checkpoints_tools.progress import Progress, ProgressLine
 from checkpoints_tools.recipe import QUANTIZATION_VERSION, Recipe, fitting, misfits
+from checkpoints_tools.row_chunks import CHUNK_WEIGHTS
 from checkpoints_tools.safetensors_file import SafetensorsFolder, StoredTensor
 from checkpoints_tools.save import file_rows
 from mla_jax import quant
 
-_WEIGHTS = 1 << 22  # at a time: 16 MiB when decoded
 _UNQUANTISED = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "bf16"}
 _IGNORED = re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq")  # follow from the config
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\..+")
@@ -59,7 +59,7 @@ class Row:
     @property
     def num_bytes(self) -> int:
         """Size of its data in the new file."""
-        return TensorData(self.name, self.shape, IDS[self.type_name], None).num_bytes
+        return TYPES[IDS[self.type_name]].num_bytes(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +307,7 @@ class _Stream:
             if not np.isfinite(scale).all():
                 raise info.fail("must have finite scales, got one that is not")
         num_rows = info.shape[0]
-        step = max(1, _WEIGHTS // math.prod(info.shape[1:]))
+        step = max(1, CHUNK_WEIGHTS // math.prod(info.shape[1:]))
         for start in range(0, num_rows, step):
             stop = min(num_rows, start + step)
             stored = self._folder.read(info.name, start, stop)

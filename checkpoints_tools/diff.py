@@ -5,11 +5,11 @@ size of the files.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from checkpoints_tools.gguf_file import GGUFFile, TensorInfo, open_gguf
@@ -17,12 +17,9 @@ from checkpoints_tools.gguf_metadata import Field
 from checkpoints_tools.inspect import columns, plain, short, show_field
 from checkpoints_tools.layout import FORMAT_NAMES
 from checkpoints_tools.progress import Progress, ProgressLine
-from checkpoints_tools.row_chunks import row_chunks
-from mla_jax import quant
+from checkpoints_tools.row_chunks import decoded, row_chunks
 
 _COMPARED_BYTES = 32 << 20  # of each file at a time
-
-_decode = jax.jit(quant.decode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,11 +159,8 @@ def _kind(info: TensorInfo) -> tuple:
 
 
 def _are_same_bytes(a: GGUFFile, b: GGUFFile, name: str) -> bool:
-    num_bytes = a.tensors[name].num_bytes
-    return all(
-        np.array_equal(*(file.read(name, start, min(_COMPARED_BYTES, num_bytes - start)) for file in (a, b)))
-        for start in range(0, num_bytes, _COMPARED_BYTES)
-    )
+    pieces = (file.read_pieces(name, _COMPARED_BYTES) for file in (a, b))
+    return all(itertools.starmap(np.array_equal, zip(*pieces, strict=True)))
 
 
 def _errors(a: GGUFFile, b: GGUFFile, name: str) -> Errors:
@@ -174,7 +168,7 @@ def _errors(a: GGUFFile, b: GGUFFile, name: str) -> Errors:
     done, count, largest, sums = 0, 0, 0.0, np.zeros(4)
     with np.errstate(all="ignore"):  # of weights that are not finite
         for (start, rows_a), (_, rows_b) in zip(row_chunks(a, name), row_chunks(b, name), strict=True):
-            x, y = (np.asarray(_decode(rows))[done - start :].astype(np.float64) for rows in (rows_a, rows_b))
+            x, y = (np.asarray(decoded(rows))[done - start :].astype(np.float64) for rows in (rows_a, rows_b))
             done = start + rows_a.shape[0]
             count += x.size
             error = y - x

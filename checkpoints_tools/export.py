@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 
@@ -21,16 +20,14 @@ from checkpoints_tools import folders, hf_config, hf_names, hparams, layout, saf
 from checkpoints_tools.gguf_file import GGUFError, GGUFFile, open_gguf
 from checkpoints_tools.load import read_weight
 from checkpoints_tools.progress import Progress, ProgressLine
+from checkpoints_tools.row_chunks import CHUNK_WEIGHTS, decoded
 from checkpoints_tools.safetensors_writer import NewTensor
 from checkpoints_tools.tokenizer_files import special_ids, tokenizer_files
 from mla_jax import quant
 from mla_jax.config import MLAConfig, ModelConfig
 
-_WEIGHTS = 1 << 22  # at a time: 16 MiB when decoded
 _GLM_PRE_TYPES = ("glm4", "chatglm-bpe")
 _BIAS_DTYPE = "float32"  # of the router, as published: to add it in fewer bits selects other experts
-
-_decode = jax.jit(quant.decode)
 
 
 def to_safetensors(
@@ -142,7 +139,7 @@ class _Weights:
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
         """Yields rows of a tensor seen as a matrix, some at a time."""
-        step = max(1, _WEIGHTS // self.file.tensors[name].shape[-1])
+        step = max(1, CHUNK_WEIGHTS // self.file.tensors[name].shape[-1])
         for first in range(start, stop, step):
             yield self._read(name, first, min(first + step, stop))
 
@@ -164,7 +161,7 @@ class _Weights:
         if not isinstance(weight, quant.QuantizedTensor) and weight.dtype == wanted:
             return weight
         with np.errstate(over="ignore", invalid="ignore"):
-            values = np.asarray(_decode(weight)).astype(wanted)
+            values = np.asarray(decoded(weight)).astype(wanted)
         if not np.isfinite(values).all():
             raise GGUFError(f"{self.file.path}: tensor {name!r} must be finite in {dtype}, it is not.")
         return values

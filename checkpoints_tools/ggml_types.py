@@ -1,5 +1,6 @@
 """Every tensor type of ggml and ik_llama.cpp, so that those that cannot be decoded here can be named."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -26,6 +27,10 @@ class GGMLType(NamedTuple):
     def row_bytes(self, row_size: int) -> int:
         """Returns the bytes of a row of `row_size` weights, which must be a multiple of `block_size`."""
         return self.row_header + row_size // self.block_size * self.block_bytes
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Returns the bytes of a tensor of `shape` in NumPy order, whole rows of blocks."""
+        return math.prod(shape[:-1]) * self.row_bytes(shape[-1] if shape else 1)
 
 
 # Source: ggml.h and the traits in ggml.c of ik_llama.cpp; 34, 35 and 40 are of llama.cpp.

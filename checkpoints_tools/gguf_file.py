@@ -56,20 +56,19 @@ class GGUFFile:
         info = self.tensors[name]
         size = info.num_bytes - start if size is None else size
         data = aligned_empty(size)
-        view, done = memoryview(data), 0
-        with opened(info.path) as file:
-            if size_and_time(file) != self._stats[info.path]:
-                raise GGUFError(f"{info.path}: the file must not change while it is read, but it did.")
-            file.seek(info.offset + start)
-            while done < size:
-                count = file.readinto(view[done : done + _READ_BYTES])
-                if not count:
-                    raise GGUFError(
-                        f"{info.path}: tensor {name!r} at byte {info.offset} ends after {start + done} of "
-                        f"{info.num_bytes} bytes."
-                    )
-                done += count
+        done = read_at(info.path, self._stats[info.path], info.offset + start, data)
+        if done < size:
+            raise GGUFError(
+                f"{info.path}: tensor {name!r} at byte {info.offset} ends after {start + done} of "
+                f"{info.num_bytes} bytes."
+            )
         return data
+
+    def read_pieces(self, name: str, max_bytes: int) -> Iterator[np.ndarray]:
+        """Yields the bytes of one tensor as `read` does, at most `max_bytes` at a time."""
+        num_bytes = self.tensors[name].num_bytes
+        for start in range(0, num_bytes, max_bytes):
+            yield self.read(name, start, min(max_bytes, num_bytes - start))
 
 
 def open_gguf(path: str | os.PathLike) -> GGUFFile:
@@ -160,6 +159,34 @@ def opened(path: str) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         raise GGUFError(f"{path}: cannot be read: {error.strerror}.") from error
+
+
+def read_at(path: str, stat: tuple[int, int], offset: int, data: np.ndarray) -> int:
+    """Fills an array with the bytes of a file.
+
+    Args:
+      path: the file.
+      stat: `size_and_time` of it when it was opened first.
+      offset: of the first byte in the file.
+      data: uint8[size], which is written.
+
+    Returns:
+      How many bytes there were, less than asked for at the end of the file.
+
+    Raises:
+      GGUFError: if the file cannot be read, or is not the one that was opened first any more.
+    """
+    view, done = memoryview(data), 0
+    with opened(path) as file:
+        if size_and_time(file) != stat:
+            raise GGUFError(f"{path}: the file must not change while it is read, but it did.")
+        file.seek(offset)
+        while done < len(view):
+            count = file.readinto(view[done : done + _READ_BYTES])
+            if not count:
+                break
+            done += count
+    return done
 
 
 def _open_at_once(path: str, flags: int) -> int:

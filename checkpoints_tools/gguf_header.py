@@ -5,7 +5,6 @@ is allocated on the word of the file alone.
 """
 
 import dataclasses
-import math
 import struct
 from collections.abc import Iterable
 from typing import BinaryIO
@@ -303,7 +302,7 @@ def _read_row(reader: _Reader, name: str, alignment: int) -> tuple[tuple[int, ..
         )
     if offset % alignment:
         raise reader.fail(f"{what} must begin at a multiple of {alignment}, got offset {offset}.", start)
-    return shape, ggml_type, offset, math.prod(shape[:-1]) * entry.row_bytes(row_size)
+    return shape, ggml_type, offset, entry.num_bytes(shape)
 
 
 def _check_extents(tensors: Iterable[TensorInfo], data_start: int, reader: _Reader) -> None:

@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 import secrets
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -38,8 +37,7 @@ class TensorData:
     @property
     def num_bytes(self) -> int:
         """Size that the shape and the type ask for."""
-        row_size = self.shape[-1] if self.shape else 1
-        return math.prod(self.shape[:-1]) * TYPES[self.ggml_type].row_bytes(row_size)
+        return TYPES[self.ggml_type].num_bytes(self.shape)
 
 
 def write_gguf(path: str | os.PathLike, metadata: Mapping[str, Any], tensors: Iterable[TensorData]) -> None:
@@ -62,22 +60,33 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, Any], tensors: It
         file.write(_header(metadata, tensors, alignment))
         for tensor in tensors:
             file.write(bytes(-file.tell() % alignment))
-            _write_data(file, tensor)
+            what = f"tensor {tensor.name!r} of shape {tensor.shape} and type {TYPES[tensor.ggml_type].name}"
+            parts = tensor.data() if callable(tensor.data) else [tensor.data]
+            write_parts(file, parts, tensor.num_bytes, what)
         file.write(bytes(-file.tell() % alignment))
 
 
-def _write_data(file: Any, tensor: TensorData) -> None:
-    num_bytes = 0
-    for part in tensor.data() if callable(tensor.data) else [tensor.data]:
+def write_parts(file: BinaryIO, parts: Iterable[Any], num_bytes: int, what: str) -> None:
+    """Writes the bytes of arrays one after another.
+
+    Args:
+      file: where to.
+      parts: the arrays.
+      num_bytes: that all of them together have; what goes beyond is not written.
+      what: names the tensor in a message.
+
+    Raises:
+      ValueError: if they have not that many bytes.
+      OSError: if the file cannot be written.
+    """
+    written = 0
+    for part in parts:
         part = np.ascontiguousarray(part)
-        num_bytes += part.nbytes
-        if num_bytes <= tensor.num_bytes:
+        written += part.nbytes
+        if written <= num_bytes:
             file.write(memoryview(part.reshape(-1).view(np.uint8)))
-    if num_bytes != tensor.num_bytes:
-        raise ValueError(
-            f"tensor {tensor.name!r} of shape {tensor.shape} and type {TYPES[tensor.ggml_type].name} "
-            f"must have {tensor.num_bytes} bytes, got {num_bytes}."
-        )
+    if written != num_bytes:
+        raise ValueError(f"{what} must have {num_bytes} bytes, got {written}.")
 
 
 def _header(metadata: Metadata, tensors: list[TensorData], alignment: int) -> bytes:

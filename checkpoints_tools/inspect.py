@@ -14,7 +14,6 @@ from mla_jax.config import ModelConfig, RunConfig
 
 _MAX_ELEMENTS = 6  # of an array that are shown
 _MAX_TEXT = 60
-_CACHE_BYTES = 2  # f16, the default cache
 
 
 def describe(path: str | os.PathLike) -> str:
@@ -63,8 +62,7 @@ def _type_counts(file: GGUFFile) -> str:
 
 def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
     mla, moe = config.mla, config.moe
-    row = mla.kv_lora_rank + mla.qk_rope_head_dim
-    heads = mla.num_heads * (mla.qk_head_dim + mla.v_head_dim)
+    latent, heads = (bytes_per_token(config, RunConfig(mla=mode)) for mode in (3, 0))
     compression = "no" if mla.q_lora_rank is None else mla.q_lora_rank
     sizes = [
         ("layers", f"{config.num_layers}, {config.num_dense_layers} of them dense"),
@@ -89,8 +87,7 @@ def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
         *sizes,
         (
             "cache per token",
-            f"{config.num_layers * row * _CACHE_BYTES:,} bytes of latent in f16 (mla 1 to 3), "
-            f"{config.num_layers * heads * _CACHE_BYTES:,} bytes of keys and values (mla 0)",
+            f"{latent:,} bytes of latent in f16 (mla 1 to 3), {heads:,} bytes of keys and values (mla 0)",
         ),
     ]
 

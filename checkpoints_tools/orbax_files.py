@@ -192,8 +192,7 @@ def _files(folder: str) -> dict[str, str]:
 
 
 def _info(name: str, shape: tuple[int, ...], ggml_type: int, folder: str) -> TensorInfo:
-    num_bytes = math.prod(shape[:-1]) * TYPES[ggml_type].row_bytes(shape[-1] if shape else 1)
-    return TensorInfo(name, shape, ggml_type, 0, num_bytes, folder)
+    return TensorInfo(name, shape, ggml_type, 0, TYPES[ggml_type].num_bytes(shape), folder)
 
 
 def _abstract(infos: Mapping[str, TensorInfo], plan: layout.Layout) -> dict[str, Any]:

@@ -10,11 +10,10 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import jax
 import numpy as np
 
 from checkpoints_tools import imatrix as imatrix_lib
-from checkpoints_tools.ggml_types import IDS
+from checkpoints_tools.ggml_types import IDS, TYPES
 from checkpoints_tools.gguf_file import GGUFError, GGUFFile, TensorInfo, open_gguf
 from checkpoints_tools.gguf_metadata import Field
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
@@ -23,13 +22,11 @@ from checkpoints_tools.layout import FORMAT_NAMES
 from checkpoints_tools.model_file import check_model
 from checkpoints_tools.progress import Progress, ProgressLine
 from checkpoints_tools.recipe import QUANTIZATION_VERSION, Recipe, fitting, is_weight_matrix, misfits
-from checkpoints_tools.row_chunks import row_chunks
+from checkpoints_tools.row_chunks import decoded, row_chunks
 from checkpoints_tools.save import file_rows
 from mla_jax import quant
 
 _COPIED_BYTES = 16 << 20  # at a time
-
-_decode = jax.jit(quant.decode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Row:
 
     def num_bytes(self, type_name: str) -> int:
         """Returns the size of the tensor in a type."""
-        return TensorData(self.name, self.shape, IDS[type_name], None).num_bytes
+        return TYPES[IDS[type_name]].num_bytes(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,10 +255,10 @@ class _Stream:
         self._progress(self._done, len(self._file.tensors), bytes_done, self._num_bytes)
 
     def _copied(self, row: Row) -> Iterator[tuple[np.ndarray, float]]:
-        num_bytes = self._file.tensors[row.name].num_bytes
-        for start in range(0, num_bytes, _COPIED_BYTES):
-            size = min(_COPIED_BYTES, num_bytes - start)
-            yield self._file.read(row.name, start, size), (start + size) / num_bytes
+        num_bytes, done = self._file.tensors[row.name].num_bytes, 0
+        for piece in self._file.read_pieces(row.name, _COPIED_BYTES):
+            done += piece.size
+            yield piece, done / num_bytes
 
     def _encoded(self, row: Row) -> Iterator[tuple[np.ndarray, float]]:
         num_rows, done = math.prod(row.shape[:-1]), 0
@@ -270,7 +267,7 @@ class _Stream:
             if isinstance(weight, quant.QuantizedTensor) and weight.format == row.new:
                 encoded = weight[done - first :]  # it was interleaved, and nothing else
             else:
-                encoded = self._encode(row, np.asarray(_decode(weight))[done - first :], rows)
+                encoded = self._encode(row, np.asarray(decoded(weight))[done - first :], rows)
             done += len(rows)
             yield file_rows(encoded), done / num_rows
 

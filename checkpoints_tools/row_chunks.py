@@ -3,14 +3,18 @@
 import math
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from checkpoints_tools.gguf_file import GGUFFile
 from checkpoints_tools.load import read_weight
+from mla_jax import quant
 from mla_jax.quant import QuantizedTensor
 
-_WEIGHTS = 1 << 22  # at a time: 16 MiB when decoded
+CHUNK_WEIGHTS = 1 << 22  # at a time: 16 MiB when decoded
 _GROUP = 16  # rows that interleaved types may have together
+
+decoded = jax.jit(quant.decode)  # of a chunk; all tools share what was compiled
 
 
 def row_chunks(file: GGUFFile, name: str) -> Iterator[tuple[int, np.ndarray | QuantizedTensor]]:
@@ -30,7 +34,7 @@ def row_chunks(file: GGUFFile, name: str) -> Iterator[tuple[int, np.ndarray | Qu
     """
     shape = file.tensors[name].shape or (1,)
     num_rows = math.prod(shape[:-1])
-    step = min(num_rows, max(1, _WEIGHTS // _GROUP // shape[-1]) * _GROUP)
+    step = min(num_rows, max(1, CHUNK_WEIGHTS // _GROUP // shape[-1]) * _GROUP)
     for start in range(0, num_rows, step):
         first = min(start, num_rows - step)
         yield first, read_weight(file, name, first, first + step)

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_tools import json_file
-from checkpoints_tools.gguf_file import GGUFError, opened, size_and_time
+from checkpoints_tools.gguf_file import GGUFError, opened, read_at, size_and_time
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,7 +31,6 @@ _SIZES |= {"F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
 
 _MAX_HEADER_BYTES = 100_000_000  # as the format has it
 _MAX_DIMS = 8
-_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,20 +89,10 @@ class SafetensorsFolder:
         stop = rows if stop is None else stop
         row_bytes = math.prod(info.shape[1:]) * dtype.itemsize
         data = np.empty((stop - start) * row_bytes, np.uint8)
-        self._read_into(data, info, info.offset + start * row_bytes)
+        done = read_at(info.path, self._stats[info.path], info.offset + start * row_bytes, data)
+        if done < data.size:
+            raise info.fail(f"ends {data.size - done} bytes too early")
         return data.view(dtype).reshape(stop - start, *info.shape[1:])
-
-    def _read_into(self, data: np.ndarray, info: StoredTensor, offset: int) -> None:
-        view, done = memoryview(data), 0
-        with opened(info.path) as file:
-            if size_and_time(file) != self._stats[info.path]:
-                raise GGUFError(f"{info.path}: the file must not change while it is read, but it did.")
-            file.seek(offset)
-            while done < len(view):
-                count = file.readinto(view[done : done + _READ_BYTES])
-                if not count:
-                    raise info.fail(f"ends {len(view) - done} bytes too early")
-                done += count
 
 
 def open_folder(folder: str | os.PathLike) -> SafetensorsFolder:

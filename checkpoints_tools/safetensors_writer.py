@@ -6,13 +6,14 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 
+from checkpoints_tools.gguf_writer import write_parts
 from checkpoints_tools.progress import Progress
 from checkpoints_tools.safetensors_file import INDEX_NAME, SINGLE_NAME
+from checkpoints_tools.split import groups_within
 
 DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _SPELLINGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in the header
@@ -54,7 +55,7 @@ def write_shards(folder: str, tensors: list[NewTensor], max_bytes: int, progress
       ValueError: if the parts of a tensor do not have the bytes that it needs.
       OSError: if a file cannot be written.
     """
-    shards = _shards(tensors, max_bytes)
+    shards = groups_within(tensors, max_bytes=max_bytes)
     num_bytes = sum(tensor.num_bytes for tensor in tensors)
     done = bytes_done = 0
     weight_map = {}
@@ -70,24 +71,15 @@ def write_shards(folder: str, tensors: list[NewTensor], max_bytes: int, progress
             json.dump(index, file, indent=2)
 
 
-def _shards(tensors: Iterable[NewTensor], max_bytes: int) -> list[list[NewTensor]]:
-    shards, size = [[]], 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.num_bytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.num_bytes
-    return shards
-
-
 def _write(path: str, tensors: list[NewTensor]) -> Iterator[NewTensor]:
     """Yields each tensor when it has been written."""
     tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
     with open(path, "xb") as file:
         file.write(_header(tensors))
         for tensor in tensors:
-            _write_data(file, tensor)
+            what = f"tensor {tensor.name!r} of shape {tensor.shape} and dtype {tensor.dtype}"
+            parts = (np.asarray(part, DTYPES[tensor.dtype]) for part in tensor.parts())
+            write_parts(file, parts, tensor.num_bytes, what)
             yield tensor
 
 
@@ -104,17 +96,3 @@ def _header(tensors: list[NewTensor]) -> bytes:
     text = json.dumps(values, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
-
-
-def _write_data(file: BinaryIO, tensor: NewTensor) -> None:
-    num_bytes = 0
-    for part in tensor.parts():
-        part = np.ascontiguousarray(part, DTYPES[tensor.dtype])
-        num_bytes += part.nbytes
-        if num_bytes <= tensor.num_bytes:
-            file.write(memoryview(part.reshape(-1).view(np.uint8)))
-    if num_bytes != tensor.num_bytes:
-        raise ValueError(
-            f"tensor {tensor.name!r} of shape {tensor.shape} and dtype {tensor.dtype} must have "
-            f"{tensor.num_bytes} bytes, got {num_bytes}."
-        )

@@ -7,7 +7,8 @@
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def plan(
             raise ValueError(f"{what} must be at least 1, got {limit}.")
     if max_bytes is None and max_tensors is None:
         max_tensors = DEFAULT_MAX_TENSORS
-    groups = _groups(file, max_bytes, max_tensors)
+    groups = groups_within(file.tensors.values(), max_bytes=max_bytes, max_tensors=max_tensors)
     if len(groups) > _MAX_PARTS:
         raise ValueError(f"{file.path} must be split in at most {_MAX_PARTS} parts, got {len(groups)}.")
     prefix = os.fspath(prefix)
@@ -126,23 +127,30 @@ class _Copy:
         return TensorData(info.name, info.shape, info.ggml_type, functools.partial(self._read, info))
 
     def _read(self, info: TensorInfo) -> Iterator[np.ndarray]:
-        for start in range(0, info.num_bytes, _COPIED_BYTES):
-            yield self._file.read(info.name, start, min(_COPIED_BYTES, info.num_bytes - start))
+        yield from self._file.read_pieces(info.name, _COPIED_BYTES)
         self._done, self._bytes_done = self._done + 1, self._bytes_done + info.num_bytes
         self._progress(self._done, len(self._file.tensors), self._bytes_done, self._num_bytes)
 
 
-def _groups(file: GGUFFile, max_bytes: int | None, max_tensors: int | None) -> list[list[TensorInfo]]:
-    """Cuts the tensors, in their order, into runs within the limits; there is at least one run."""
+def groups_within(
+    tensors: Iterable[Any], *, max_bytes: int | None = None, max_tensors: int | None = None
+) -> list[list[Any]]:
+    """Cuts tensors, which tell their `num_bytes`, into runs in their order; there is at least one run.
+
+    Args:
+      tensors: the tensors.
+      max_bytes: of a run; a larger tensor has a run of its own. None: no limit.
+      max_tensors: of a run. None: no limit.
+    """
     groups, size = [[]], 0
-    for info in file.tensors.values():
+    for tensor in tensors:
         is_full = max_tensors is not None and len(groups[-1]) == max_tensors
-        is_too_large = max_bytes is not None and size + info.num_bytes > max_bytes
+        is_too_large = max_bytes is not None and size + tensor.num_bytes > max_bytes
         if groups[-1] and (is_full or is_too_large):
             groups.append([])
             size = 0
-        groups[-1].append(info)
-        size += info.num_bytes
+        groups[-1].append(tensor)
+        size += tensor.num_bytes
     return groups
 
 

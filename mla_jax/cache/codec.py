@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_jax.quant import bits as bits_lib
-from mla_jax.quant import i_quants, quantisers
+from mla_jax.quant import bits, i_quants, packing, quantisers
 
 PLAIN = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16, "fp8_e4m3": jnp.float8_e4m3fn}
 
@@ -128,8 +127,8 @@ def encode(values: jax.Array, name: str) -> Stored:
         low, high = codes.astype(jnp.int8), None
     else:
         codes = codes.astype(jnp.uint8)
-        low = _pack(codes & jnp.uint8(0x0F), 4)
-        high = _pack(codes >> jnp.uint8(4), kind.high_bits) if kind.high_bits else None
+        low = packing.planes(codes & jnp.uint8(0x0F), 4)
+        high = packing.planes(codes >> jnp.uint8(4), kind.high_bits) if kind.high_bits else None
     small = lambda numbers: None if numbers is None else _saturate(numbers, kind.scale_dtype)
     return Codes(low=low, high=high, scale=small(scale), offset=small(offset), type=name)
 
@@ -139,9 +138,9 @@ def decode(stored: Stored, dtype=jnp.float32) -> jax.Array:
     if not isinstance(stored, Codes):
         return stored.astype(dtype)
     kind = BLOCK_TYPES[stored.type]
-    codes = stored.low if kind.low_bits == 8 else _unpack(stored.low, 4)
+    codes = stored.low if kind.low_bits == 8 else bits.planes(stored.low, 4)
     if kind.high_bits:
-        codes = codes | (_unpack(stored.high, kind.high_bits) << jnp.uint8(4))
+        codes = codes | (bits.planes(stored.high, kind.high_bits) << jnp.uint8(4))
     if isinstance(kind.levels, int):
         levels = codes.astype(jnp.float32) - jnp.float32(kind.levels)
     else:
@@ -157,17 +156,3 @@ def _saturate(values, dtype):
         largest = float(jnp.finfo(dtype).max)
         values = jnp.clip(values, -largest, largest)
     return values.astype(dtype)
-
-
-def _pack(codes, bits):
-    """Packs codes uint8[..., n] of `bits` bits into planes: uint8[..., n * bits / 8]."""
-    planes = codes.reshape(*codes.shape[:-1], 8 // bits, -1)
-    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape((-1, 1))
-    shifted = planes << jnp.broadcast_to(shifts, planes.shape)
-    return jax.lax.reduce(shifted, jnp.uint8(0), jax.lax.bitwise_or, (planes.ndim - 2,))
-
-
-def _unpack(packed, bits):
-    """Takes the planes apart again: uint8[..., n * bits / 8] -> uint8[..., n]."""
-    planes = bits_lib.fields(packed, tuple(range(0, 8, bits)), (1 << bits) - 1)
-    return planes.reshape(*packed.shape[:-1], -1)

@@ -57,12 +57,7 @@ def quantize(values):
     settings = dict(
         type=values.type, custom=rules, imatrix=values.imatrix, allow_requantize=values.allow_requantize
     )
-    if values.dry_run:
-        chosen = quantize_lib.plan(values.input, **settings)
-        _write(f"{chosen.table()}\n\n{chosen.summary()}")
-        return
-    chosen = quantize_lib.quantize(values.input, out, **settings)
-    _tell(f"{chosen.summary()}\nwrote {out}")
+    _plan_or_write(values, out, settings, quantize_lib.plan, quantize_lib.quantize)
 
 
 def convert(values):
@@ -132,6 +127,16 @@ def _use_the_cpu():
     jax.config.update("jax_platforms", "cpu")
 
 
+def _plan_or_write(values, out, settings, plan, write):
+    """Prints the plan for INPUT if this is a dry run, and carries it out otherwise."""
+    if values.dry_run:
+        chosen = plan(values.input, **settings)
+        _write(f"{chosen.table()}\n\n{chosen.summary()}")
+    else:
+        chosen = write(values.input, out, **settings)
+        _tell(f"{chosen.summary()}\nwrote {out}")
+
+
 def _file_elsewhere(values):
     """Returns OUT, a file that is not in the folder that is read."""
     if os.path.realpath(values.out).startswith(os.path.realpath(values.input) + os.sep):
@@ -141,12 +146,7 @@ def _file_elsewhere(values):
 
 def _from_checkpoint(values):
     out, settings = _file_elsewhere(values), dict(type=values.type, keep_nextn=values.keep_nextn)
-    if values.dry_run:
-        chosen = convert_lib.plan(values.input, **settings)
-        _write(f"{chosen.table()}\n\n{chosen.summary()}")
-        return
-    chosen = convert_lib.to_gguf(values.input, out, **settings)
-    _tell(f"{chosen.summary()}\nwrote {out}")
+    _plan_or_write(values, out, settings, convert_lib.plan, convert_lib.to_gguf)
 
 
 def _from_orbax(values):

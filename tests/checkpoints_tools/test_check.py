@@ -40,7 +40,7 @@ def _write(path, type_name, plant=None, alignment=64):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name, at, dtype", CASES, ids=lambda value: str(value))
 def test_a_bad_scale_is_found_where_it_is(tmp_path, monkeypatch, name, at, dtype, bad):
-    monkeypatch.setattr(row_chunks, "_WEIGHTS", 16 * ROW_SIZE)  # three chunks, of which two overlap
+    monkeypatch.setattr(row_chunks, "CHUNK_WEIGHTS", 16 * ROW_SIZE)  # three chunks, of which two overlap
     entry, row = TYPES[IDS[name]], 37
     block = ROW_SIZE // entry.block_size - 1
     offset = block * entry.block_bytes

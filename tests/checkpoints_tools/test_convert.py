@@ -129,7 +129,7 @@ def test_rows_that_do_not_fit_get_the_type_that_quantize_gives_them(tmp_path, ty
 @pytest.mark.parametrize("weights", [1 << 22, 1 << 9, 1])
 def test_fp8_is_dequantised_by_blocks(tmp_path, monkeypatch, weights):
     """Also when a part begins or ends within a block."""
-    monkeypatch.setattr(convert, "_WEIGHTS", weights)
+    monkeypatch.setattr(convert, "CHUNK_WEIGHTS", weights)
     tensors = write_folder(tmp_path / "hf", dtype=ml_dtypes.float8_e4m3fn, nextn=1)
     convert.to_gguf(tmp_path / "hf", tmp_path / "a.gguf", type="f32")
     _assert_same(_read(tmp_path / "a.gguf"), _stacked(tensors))
@@ -201,7 +201,7 @@ def test_frequencies_of_rotations_are_no_loss(tmp_path):
 
 
 def test_memory_is_bounded_by_a_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "_WEIGHTS", 1 << 14)
+    monkeypatch.setattr(convert, "CHUNK_WEIGHTS", 1 << 14)
     write_folder(tmp_path / "hf", vocab=500, sizes=dict(embed=2048, ff=512, ff_exp=512), layers=2)
     convert.to_gguf(tmp_path / "hf", tmp_path / "warm.gguf")
     tracemalloc.start()

@@ -45,7 +45,7 @@ def _expected(x, y):
 @pytest.mark.parametrize("weight_type", ["Q8_0", "BF16", "F16"])
 def test_errors_are_those_of_the_definition(tmp_path, monkeypatch, weight_type, weights):
     if weights is not None:
-        monkeypatch.setattr(row_chunks, "_WEIGHTS", weights)
+        monkeypatch.setattr(row_chunks, "CHUNK_WEIGHTS", weights)
     before = write_deepseek2(tmp_path / "a.gguf", layers=2)
     after = write_deepseek2(tmp_path / "b.gguf", layers=2, weight_type=weight_type)
     found = diff(tmp_path / "a.gguf", tmp_path / "b.gguf")

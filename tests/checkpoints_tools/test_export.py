@@ -67,7 +67,7 @@ def _read(folder):
 @pytest.mark.parametrize("weights", [1 << 22, 500], ids=["one part", "some parts"])
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_every_weight_has_its_published_name(tmp_path, monkeypatch, options, weights):
-    monkeypatch.setattr(export, "_WEIGHTS", weights)
+    monkeypatch.setattr(export, "CHUNK_WEIGHTS", weights)
     stored = write_deepseek2(tmp_path / "a.gguf", **options)
     to_safetensors(tmp_path / "a.gguf", tmp_path / "hf", dtype="float32")
     found, expected = _read(tmp_path / "hf"), _published(stored, NANO)

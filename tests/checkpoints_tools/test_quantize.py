@@ -199,7 +199,7 @@ def test_interleaved_rows_are_taken_apart_without_loss(source, tmp_path, monkeyp
             data, kind = interleave.interleave("iq4_k_r4", single[name], info.shape[-1]), "iq4_k_r4"
         tensors.append(TensorData(name, info.shape, IDS[kind], data))
     write_gguf(path, file.metadata, tensors)
-    monkeypatch.setattr(row_chunks, "_WEIGHTS", 48 * 256)
+    monkeypatch.setattr(row_chunks, "CHUNK_WEIGHTS", 48 * 256)
     quantize(path, out, type="f32", custom=[f"^{re.escape(name)}$=iq4_k" for name in single])
     assert len(single) > 10
     for name, rows in single.items():
@@ -247,7 +247,7 @@ def test_a_split_file_becomes_one(small, tmp_path):
 
 def test_chunks_do_not_show(source, tmp_path, monkeypatch):
     quantize(source, tmp_path / "whole.gguf", type="q8_0")
-    monkeypatch.setattr(row_chunks, "_WEIGHTS", 48 * 256)
+    monkeypatch.setattr(row_chunks, "CHUNK_WEIGHTS", 48 * 256)
     calls = []
     quantize(source, tmp_path / "chunks.gguf", type="q8_0", progress=lambda *call: calls.append(call))
     assert (tmp_path / "chunks.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
@@ -284,7 +284,7 @@ def _write_imatrix(path, means):
 
 def test_importance_reaches_each_row(source, tmp_path, monkeypatch):
     """As if tensors were encoded whole: rows of chunks and experts get the numbers of their columns."""
-    monkeypatch.setattr(row_chunks, "_WEIGHTS", 48 * 256)
+    monkeypatch.setattr(row_chunks, "CHUNK_WEIGHTS", 48 * 256)
     rng, out = np.random.default_rng(0), tmp_path / "out.gguf"
     matrix, experts = "blk.0.ffn_up.weight", "blk.1.ffn_up_exps.weight"
     means = {matrix: rng.exponential(size=256) ** 4, experts: rng.exponential(size=(4, 256)) ** 4}

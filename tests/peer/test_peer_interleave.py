@@ -4,6 +4,7 @@ import ctypes
 import pathlib
 import subprocess
 
+import ik_library
 import jax
 import numpy as np
 import pytest
@@ -27,44 +28,23 @@ DECODED = [name for name in SUPPORTED if name not in ("mxfp4_r8", "bf16_r16")]
 REPACKED = set(DECODED) - {"q8_KV_r8", "q8_k_r8", "q8_k_r16", "iq1_s_r4", "iq1_m_r4"}
 
 
-class _Parameters(ctypes.Structure):
-    _fields_ = (("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
-
-
-@pytest.fixture(scope="module")
-def library():
-    """The peer's library, with its table of float16 numbers made."""
-    opened = ctypes.CDLL(str(next((FOLDER / "lib").glob("libggml*"))))
-    opened.ggml_init.argtypes, opened.ggml_init.restype = [_Parameters], ctypes.c_void_p
-    opened.ggml_free.argtypes, opened.ggml_free.restype = [ctypes.c_void_p], None
-    opened.ggml_free(opened.ggml_init(_Parameters(1 << 16, None, True)))
-    return opened
-
-
-def _pointer(array):
-    return array.ctypes.data_as(ctypes.c_void_p)
-
-
 def _quantize(*arguments):
     command = [FOLDER / "bin" / "llama-quantize", *arguments, "1"]
     subprocess.run(command, capture_output=True, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("name", DECODED)
-def test_peer_decodes_the_same_values(name, library):
+def test_peer_decodes_the_same_values(name):
     data, rows = sane_data(name), interleave.BASES[name].rows
-    expected = np.zeros((GROUPS, rows, SIZE), np.float32)
-    decode = getattr(library, f"dequantize_row_{name}")
-    decode.restype = None
-    for group, values in zip(data.reshape(GROUPS, -1), expected, strict=True):
-        decode(_pointer(np.ascontiguousarray(group)), _pointer(values), ctypes.c_int64(values.size))
-    np.testing.assert_array_equal(decoded(name, data), expected.reshape(-1, SIZE))
+    groups = [ik_library.dequantise_row(name, group, rows * SIZE) for group in data.reshape(GROUPS, -1)]
+    np.testing.assert_array_equal(decoded(name, data), np.concatenate(groups).reshape(-1, SIZE))
 
 
-def test_peer_interleaves_bf16_the_same(library):
+def test_peer_interleaves_bf16_the_same():
     data = random_data("bf16_r16", 1)
     rows, packed = interleave.deinterleave("bf16_r16", data, SIZE), np.zeros_like(data)
-    library.repack_bf16_bf16_r16(_pointer(rows), _pointer(packed), ctypes.c_int64(16), ctypes.c_int64(SIZE))
+    pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in (rows, packed))
+    ik_library.load().repack_bf16_bf16_r16(*pointers, ctypes.c_int64(16), ctypes.c_int64(SIZE))
     np.testing.assert_array_equal(packed, data)
 
 
