@@ -8,11 +8,13 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 import checkpoints_tools
+import cpu_kernels
 from checkpoints_tools import hparams
 from mla_jax import cache as cache_lib
 from mla_jax import chat, sampler, steps, tokenizer
@@ -303,12 +305,16 @@ def _common_prefix(a, b):
     return count
 
 
-def _keep_compiled_code(folder):
-    """Goes on without where the folder cannot be made, as in a home that is not writable."""
+def _prepare(compilation_cache):
+    """Keeps compiled code, but not where the folder cannot be made, as in a home that is not writable."""
+    if jax.default_backend() == "cpu" and not cpu_kernels.available():
+        logging.warning("XLA computes, slowly, without CPU kernels: %s", cpu_kernels.unavailable_because())
+    if compilation_cache is None:
+        return
     try:
-        steps.use_compilation_cache(folder)
+        steps.use_compilation_cache(pathlib.Path(compilation_cache))
     except OSError as error:
-        logging.warning("compiled code is not kept: %s: %s", folder, error.strerror)
+        logging.warning("compiled code is not kept: %s: %s", compilation_cache, error.strerror)
 
 
 def load(
@@ -362,8 +368,7 @@ def load(
         attention_max_batch=attention_max_batch,
         group_routing=group_routing,
     )
-    if compilation_cache is not None:
-        _keep_compiled_code(pathlib.Path(compilation_cache))
+    _prepare(compilation_cache)
     checkpoint = checkpoints_tools.load_gguf(path, progress=progress)
     limit = checkpoint.config.context_length
     size = min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [  # a module imports from earlier lines, or from its own
-    ("pallas_kernels",),
+    ("pallas_kernels", "cpu_kernels"),
     (
         "mla_jax.config",
         "mla_jax.completion",
@@ -31,7 +31,7 @@ LAYERS = [  # a module imports from earlier lines, or from its own
     ),
     ("mla_jax.cli", "mla_jax.__main__"),
 ]
-PACKAGES = ("mla_jax", "pallas_kernels", "checkpoints_tools")
+PACKAGES = ("mla_jax", "pallas_kernels", "cpu_kernels", "checkpoints_tools")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 MAX_FILE, MAX_FUNCTION = 400, 60
 

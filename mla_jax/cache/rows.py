@@ -44,17 +44,18 @@ class _Rows:
 
         The smaller of `size` and the page size must divide the larger, and `start`.
         """
-        pages = self._table(length.shape[0])
+        pages = self.table(length.shape[0])
         first, second = (_read(pool, pages, start, size, length, dtype) for pool in self._parts)
         return first, second
 
     def _write(self, pool, new, slots):
-        pages, (num_pages, page_size, *_) = self._table(slots.shape[0]), pool.shape
+        pages, (num_pages, page_size, *_) = self.table(slots.shape[0]), pool.shape
         page = jnp.take_along_axis(pages, slots // page_size, axis=1, mode="fill", fill_value=num_pages)
         set_part = lambda part, new_part: part.at[page, slots % page_size].set(new_part, mode="drop")
         return jax.tree.map(set_part, pool, codec.encode(new, codec.type_of(pool)))
 
-    def _table(self, batch):
+    def table(self, batch: int) -> jax.Array:
+        """Returns the pages i32[B, M] of each sequence; the number of pages stands for none."""
         if self.pages is None:
             return jnp.arange(batch, dtype=jnp.int32)[:, None]
         return jnp.where(self.pages < 0, self._parts[0].shape[0], self.pages)

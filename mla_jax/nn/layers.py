@@ -4,7 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+import cpu_kernels
 from mla_jax import quant
+from mla_jax.quant import dispatch
 
 
 def read_weight(module: nn.Module, name: str, init, shape):
@@ -49,6 +51,44 @@ class RMSNorm(nn.Module):
         return x * jnp.broadcast_to(weight.astype(jnp.float32), x.shape)
 
 
+class Stored(nn.Module):
+    """A weight as the file has it, for who reads more than a product of it."""
+
+    shape: tuple[int, ...]
+    init_scale: float = 1.0
+    num_batch_axes: int = 0
+
+    @nn.compact
+    def __call__(self):
+        batch_axis = tuple(range(self.num_batch_axes))
+        init = nn.initializers.variance_scaling(
+            self.init_scale, "fan_in", "normal", in_axis=-1, out_axis=-2, batch_axis=batch_axis
+        )
+        return read_weight(self, "weight", init, self.shape)
+
+
+def gated_ffn(x, weights):
+    """Returns `down(silu(gate(x)) * up(x))` of x [X, D]; gate and up may be one weight, gate_up [2F, D]."""
+    if "gate_up" in weights:
+        gate, up = jnp.split(quant.matmul(x, weights["gate_up"]), 2, axis=-1)
+    else:
+        gate, up = quant.matmul(x, weights["gate"]), quant.matmul(x, weights["up"])
+    return quant.matmul(jax.nn.silu(gate) * up, weights["down"])
+
+
+def experts_on_cpu(x, ids, weights, experts):
+    """Calls the kernel of `moe.grouped_ffn`."""
+    pairs = {name: dispatch.operands(weight) for name, weight in experts.items()}
+    arrays, formats = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
+    return cpu_kernels.expert_ffn(x.astype(jnp.float32), ids, weights, arrays, formats=formats)
+
+
+def _one_expert_on_cpu(x, weights):
+    experts = jax.tree.map(lambda leaf: leaf[None], weights)
+    ids, ones = jnp.zeros((x.shape[0], 1), jnp.int32), jnp.ones((x.shape[0], 1), jnp.float32)
+    return experts_on_cpu(x, ids, ones, experts)
+
+
 class SwiGLU(nn.Module):
     """The gated FFN of dense layers and of the shared experts: `down(silu(gate(x)) * up(x))`."""
 
@@ -57,6 +97,15 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        gate = Linear(self.hidden_dim, name="gate")(x)
-        up = Linear(self.hidden_dim, name="up")(x)
-        return Linear(x.shape[-1], self.out_init_scale, name="down")(jax.nn.silu(gate) * up)
+        F, D = self.hidden_dim, x.shape[-1]
+        weights = {
+            "gate": Stored((F, D), name="gate")(),
+            "up": Stored((F, D), name="up")(),
+            "down": Stored((D, F), self.out_init_scale, name="down")(),
+        }
+        x_XD = x.reshape(-1, D)
+        if dispatch.has_kernel(*weights.values()):
+            out = dispatch.run(x_XD, weights, cpu=_one_expert_on_cpu, default=gated_ffn)
+        else:
+            out = gated_ffn(x_XD, weights)
+        return out.reshape(x.shape)

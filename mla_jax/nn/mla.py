@@ -8,15 +8,19 @@ Each visits the cache in chunks and keeps a running softmax, so a score matrix i
 chunk; without flash attention the one chunk is the whole cache.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mla_jax import quant
 from mla_jax.cache import HeadRows, LatentRows, rotate
 from mla_jax.config import MLAMode, ModelConfig, RunConfig
+from mla_jax.nn import mla_on_cpu
 from mla_jax.nn import rope as rope_lib
-from mla_jax.nn.layers import Linear, RMSNorm, read_weight
+from mla_jax.nn.layers import Linear, RMSNorm, Stored
+from mla_jax.nn.up_projections import UpProjections
+from mla_jax.quant import dispatch
 
 FLASH_CHUNK = 256  # cached tokens per step of the running softmax
 PREFILL_TOKENS = 128  # modes 2 and 3 expand from this many new tokens on, padding included
@@ -174,25 +178,39 @@ class MLAttention(nn.Module):
         scale = rope_lib.softmax_scale(self.config.rope, mla.qk_head_dim)
         q_BTNH, qr_BTNP = self._queries(x, positions)
         latent_BTR, rope_BTP = self._latents(x, positions)
-        k_up, v_up = self._up_projections()
+        up = self._up_projections()
         rotation = None if rows is None else self.run.latent_rotation
         kwargs = dict(sm_scale=scale, chunk=self._chunk(rows, x.shape[1]), rotation=rotation)
+        is_cached = rows is not None
         if rows is None:
             rows = LatentRows(latent=latent_BTR, rope=rope_BTP)
         elif isinstance(rows, LatentRows):
             qr_BTNP, rope_BTP = (rotate(part, self.run.rope_rotation) for part in (qr_BTNP, rope_BTP))
             rows = rows.append(rotate(latent_BTR, rotation), rope_BTP, slots)
         else:
-            k_BTNA, v_BTNV = expand(latent_BTR, rope_BTP, k_up, v_up)
+            k_BTNA, v_BTNV = expand(latent_BTR, rope_BTP, *up.decode())
             rows = rows.append(rotate(k_BTNA, rotation), v_BTNV, slots)
         if isinstance(rows, HeadRows):
             o_BTNV = attend_heads(q_BTNH, qr_BTNP, rows, positions, **kwargs)
         else:
-            attend = attend_expanded if self._expands(x.shape[1]) else attend_absorbed
-            o_BTNV = self._in_head_groups(attend, q_BTNH, qr_BTNP, rows, k_up, v_up, positions, **kwargs)
+            o_BTNV = self._attend_latents(q_BTNH, qr_BTNP, rows, up, positions, is_cached=is_cached, **kwargs)
         out_scale = 0.5 / self.config.num_layers  # two residual branches a layer
         o_BTD = Linear(x.shape[-1], out_scale, name="out")(o_BTNV.reshape(*x.shape[:2], -1))
         return o_BTD, rows
+
+    def _attend_latents(self, q_BTNH, qr_BTNP, rows, up, positions, *, is_cached, **kwargs):
+        expands = self._expands(q_BTNH.shape[1])
+        attend = attend_expanded if expands else attend_absorbed
+
+        def default(q, q_rope, rows, up, positions):
+            return self._in_head_groups(attend, q, q_rope, rows, *up.decode(), positions, **kwargs)
+
+        args = q_BTNH, qr_BTNP, rows, up, positions
+        if is_cached and self.run.flash:
+            kernel = mla_on_cpu.attend_expanded if expands else mla_on_cpu.attend_absorbed
+            settings = dict(sm_scale=kwargs["sm_scale"], rotation=kwargs["rotation"])
+            return dispatch.run(*args, cpu=functools.partial(kernel, **settings), default=default)
+        return default(*args)
 
     def _in_head_groups(self, attend, q_BTNH, qr_BTNP, rows, k_up, v_up, positions, **kwargs):
         """Attends some heads after the other, so that what is held at a time fits `attention_max_batch`."""
@@ -229,14 +247,12 @@ class MLAttention(nn.Module):
         return rope_lib.inverse_frequencies(self.config.rope, self.config.mla.qk_rope_head_dim)
 
     def _up_projections(self):
-        """Reads W_uk [N, H, R] and W_uv [N, V, R] from kv_b, or from k_b and v_b if a file has only those."""
         mla = self.config.mla
         N, H, V, R = mla.num_heads, mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank
         if "k_b" in self.variables.get("params", {}):
-            k_b_NRH = quant.decode(UpProjection((N, R, H), name="k_b")())
-            return k_b_NRH.swapaxes(1, 2), quant.decode(UpProjection((N, V, R), name="v_b")())
-        kv_b = quant.decode(UpProjection((N * (H + V), R), name="kv_b")()).reshape(N, H + V, R)
-        return kv_b[:, :H], kv_b[:, H:]
+            k, v = Stored((N, R, H), name="k_b")(), Stored((N, V, R), name="v_b")()
+            return UpProjections(k=k, v=v, num_heads=N, value_size=V)
+        return UpProjections(kv=Stored((N * (H + V), R), name="kv_b")(), num_heads=N, value_size=V)
 
     def _chunk(self, rows, num_tokens):
         if rows is None:
@@ -251,14 +267,3 @@ class MLAttention(nn.Module):
         if self.run.mla in (MLAMode.MIXED, MLAMode.FLASH_MIXED):
             return self.run.flash and num_tokens >= PREFILL_TOKENS
         return self.run.mla == MLAMode.EXPANDED
-
-
-class UpProjection(nn.Module):
-    """Holds a weight of the up-projection from the latent, as the file has it."""
-
-    shape: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self):
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
-        return read_weight(self, "weight", init, self.shape)

@@ -7,6 +7,7 @@ needs are skipped, so a pair that is dropped takes no time.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 
 from mla_jax import quant
 from mla_jax.config import ModelConfig, MoEConfig, RunConfig
-from mla_jax.nn.layers import SwiGLU, read_weight
+from mla_jax.nn.layers import Stored, SwiGLU, experts_on_cpu, gated_ffn, read_weight
+from mla_jax.quant import dispatch
 
 _MAX_TILE = 128
 _TINY = 1e-20  # as in DeepSeek-V3's code: sigmoids may all be 0 in float32
@@ -151,6 +153,13 @@ def grouped_ffn(x, ids, weights, experts, *, num_experts: int):
     Returns:
       f32[X, D].
     """
+    if dispatch.has_kernel(*experts.values()):
+        default = functools.partial(_grouped_ffn, num_experts=num_experts)
+        return dispatch.run(x, ids, weights, experts, cpu=experts_on_cpu, default=default)
+    return _grouped_ffn(x, ids, weights, experts, num_experts=num_experts)
+
+
+def _grouped_ffn(x, ids, weights, experts, *, num_experts):
     x_XD = x
     tile = tile_size(ids.size, num_experts)
     expert_Y, slot_XK, num_needed = assign_tiles(ids, num_experts, tile)
@@ -160,7 +169,7 @@ def grouped_ffn(x, ids, weights, experts, *, num_experts: int):
     tiles_YMD = x_XD.at[source].get(mode="fill", fill_value=0).reshape(expert_Y.size, tile, -1)
 
     def multiply(expert, tile_MD):
-        return _expert(tile_MD, {name: weight[expert] for name, weight in experts.items()})
+        return gated_ffn(tile_MD, {name: weight[expert] for name, weight in experts.items()})
 
     def one_tile(index, expert_and_tile):
         skip = lambda expert, tile_MD: jnp.zeros(tile_MD.shape, jnp.float32)
@@ -169,14 +178,6 @@ def grouped_ffn(x, ids, weights, experts, *, num_experts: int):
     _, out_YMD = jax.lax.scan(one_tile, jnp.int32(0), (expert_Y, tiles_YMD))
     out_XKD = out_YMD.reshape(-1, x.shape[-1]).at[slot_XK].get(mode="fill", fill_value=0)
     return jnp.einsum("XKD,XK->XD", out_XKD, weights)
-
-
-def _expert(x, weights):
-    if "gate_up" in weights:
-        gate, up = jnp.split(quant.matmul(x, weights["gate_up"]), 2, axis=-1)
-    else:
-        gate, up = quant.matmul(x, weights["gate"]), quant.matmul(x, weights["up"])
-    return quant.matmul(jax.nn.silu(gate) * up, weights["down"])
 
 
 class Router(nn.Module):
@@ -216,24 +217,10 @@ class Experts(nn.Module):
         if "gate_up" in self.variables.get("params", {}):
             shapes = {"gate_up": (E, 2 * F, D), "down": (E, D, F)}
         experts = {
-            name: Stack(shape, self.out_init_scale if name == "down" else 1.0, name=name)()
+            name: Stored(shape, self.out_init_scale if name == "down" else 1.0, 1, name=name)()
             for name, shape in shapes.items()
         }
         return grouped_ffn(x, ids, weights, experts, num_experts=E)
-
-
-class Stack(nn.Module):
-    """One weight of every expert, [E, out, in]."""
-
-    shape: tuple[int, int, int]
-    init_scale: float
-
-    @nn.compact
-    def __call__(self):
-        init = nn.initializers.variance_scaling(
-            self.init_scale, "fan_in", "normal", in_axis=-1, out_axis=-2, batch_axis=(0,)
-        )
-        return read_weight(self, "weight", init, self.shape)
 
 
 class MoE(nn.Module):

@@ -1,6 +1,6 @@
 """`x @ weight.T` for every kind of weight leaf.
 
-Two ways, chosen by the number of rows, which is static:
+On the CPU a kernel, where `dispatch` finds one. XLA has two ways, chosen by the number of rows:
 
 few rows   multiply and reduce: decoding fuses into the sum, no float32 copy is written to memory, but for
            decoders that look values up in a table
@@ -17,7 +17,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mla_jax.quant import tensor
+import cpu_kernels
+from mla_jax.quant import dispatch, tensor
 
 _FEW_ROWS = 2  # a decode step; 2 is included because one row is often padded to two
 
@@ -31,7 +32,7 @@ def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
         differentiable, as `x` always is.
 
     Returns:
-      float32[..., out], products and sums in float32.
+      float32[..., out], sums in float32; products as `dispatch` says.
 
     Raises:
       ValueError: if the shapes do not fit.
@@ -39,6 +40,17 @@ def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x [..., in] must fit weight [out, in], got {x.shape} and {weight.shape}.")
     x = x.astype(jnp.float32)
+    if dispatch.has_kernel(weight):
+        return dispatch.run(x, weight, cpu=_matmul_on_cpu, default=_matmul)
+    return _matmul(x, weight)
+
+
+def _matmul_on_cpu(x, weight):
+    arrays, name = dispatch.operands(weight)
+    return cpu_kernels.matmul(x, *arrays, format=name)
+
+
+def _matmul(x, weight):
     fuses = isinstance(weight, tensor.QuantizedTensor) or weight.dtype == jnp.bfloat16
     if fuses and math.prod(x.shape[:-1]) <= _FEW_ROWS:
         return _multiply_and_reduce(x, weight)

@@ -163,11 +163,35 @@ class _Engine:
                 )
             row = self._decode(drawn[-1:], len(tokens) + len(drawn) - 1, False)[0]
 
+    def prefill(self, tokens, start):
+        """Puts tokens after the first `start` in the cache; returns the seconds to the greedy next one."""
+        self._cut(start)
+        began = time.perf_counter()
+        self._decode(tokens, start, False)[0].argmax()
+        return time.perf_counter() - began
+
+    def decode(self, token, start, predict):
+        """Goes on greedily from `token` after the first `start` in the cache; returns the seconds."""
+        self._cut(start)
+        began = time.perf_counter()
+        for position in range(start, start + predict):
+            row = self._decode([token], position, False)[0]
+            token = int(row.argmax())
+        seconds = time.perf_counter() - began
+        if np.isnan(row).any():
+            sys.exit("the logits are NaN")
+        return seconds
+
     def tokenize(self, text, special):
         data = text.encode()
         buffer = (ctypes.c_int32 * (len(data) + 8))()
         count = self.api.llama_tokenize(self.model, data, len(data), buffer, len(buffer), False, special)
         return list(buffer[:count])
+
+    def _cut(self, length):
+        remove = self.api._lib.llama_kv_cache_seq_rm  # not among the functions that the package binds
+        remove.argtypes, remove.restype = [ctypes.c_void_p] + [ctypes.c_int32] * 3, ctypes.c_bool
+        remove(self.context, 0, length, -1)
 
     def _decode(self, tokens, position, all_rows):
         batch = self.api.llama_batch_init(len(tokens), 0, 1)

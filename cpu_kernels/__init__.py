@@ -1,0 +1,25 @@
+"""CPU kernels of MLA in C++ behind `jax.ffi`: plain arrays in, arrays out, under jit on the CPU alone.
+
+Weights stay in their GGUF blocks. Products with them take activations in 8 bits (32 neighbours share a
+scale), those with float weights are in float32. `available` says whether the library was built with the
+package; who calls an op has asked it.
+"""
+
+from cpu_kernels.experts import expert_ffn
+from cpu_kernels.latent_attention import latent_attention, latent_prefill
+from cpu_kernels.library import available, formats, instruction_sets, unavailable_because, use_instruction_set
+from cpu_kernels.matmul import head_matmul, head_transposed, matmul
+
+__all__ = [
+    "available",
+    "expert_ffn",
+    "formats",
+    "head_matmul",
+    "head_transposed",
+    "instruction_sets",
+    "latent_attention",
+    "latent_prefill",
+    "matmul",
+    "unavailable_because",
+    "use_instruction_set",
+]

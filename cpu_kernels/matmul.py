@@ -1,0 +1,58 @@
+"""Products of activations with a weight, whole or a matrix per head."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def matmul(x: jax.Array, blocks: jax.Array, header: jax.Array, *, format: str) -> jax.Array:
+    """Returns `x @ weight.T`.
+
+    Args:
+      x: f32[..., in].
+      blocks: u8[out, blocks of a row, bytes], or numbers [out, in] of a plain format.
+      header: u8[out, bytes], what the format has in front of a row; u8[0] for none.
+      format: one of `formats`.
+
+    Returns:
+      f32[..., out]. Rows are computed apart: none depends on another.
+    """
+    out = jax.ShapeDtypeStruct((*x.shape[:-1], blocks.shape[0]), jnp.float32)
+    return _call("mla_matmul", out)(x, blocks, header, format=format)
+
+
+def head_matmul(
+    x: jax.Array, blocks: jax.Array, header: jax.Array, *, format: str, out: int, stride: int, first: int
+) -> jax.Array:
+    """Returns each head's `x @ weight[head].T`.
+
+    Args:
+      x: f32[X, N, in].
+      blocks: u8[..., rows, blocks of a row, bytes], or numbers; leading axes count as rows.
+      header: as in `matmul`.
+      format: one of `formats`.
+      out: rows of a head.
+      stride: rows from a head to the next.
+      first: row at which the first head begins.
+
+    Returns:
+      f32[X, N, out].
+    """
+    shape = jax.ShapeDtypeStruct((*x.shape[:-1], out), jnp.float32)
+    attributes = dict(format=format, stride=np.int64(stride), first=np.int64(first))
+    return _call("mla_head_matmul", shape)(x, blocks, header, **attributes)
+
+
+def head_transposed(
+    x: jax.Array, blocks: jax.Array, header: jax.Array, *, format: str, size: int, stride: int
+) -> jax.Array:
+    """Returns each head's `x @ weight[head]`: f32[X, N, size] of x f32[X, N, in], in float32 throughout.
+
+    Of the weight, [rows, size], head n has the `in` rows from n * stride on; else as in `head_matmul`.
+    """
+    shape = jax.ShapeDtypeStruct((*x.shape[:-1], size), jnp.float32)
+    return _call("mla_head_transposed", shape)(x, blocks, header, format=format, stride=np.int64(stride))
+
+
+def _call(name, out):
+    return jax.ffi.ffi_call(name, out, vmap_method="sequential")

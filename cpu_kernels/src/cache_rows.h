@@ -1,0 +1,96 @@
+// Cached rows of every type, in the planes of `mla_jax.cache.codec`, decoded to float32.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+
+#include "float_products.h"
+#include "formats_iq4.h"
+#include "kernels.h"
+
+namespace MLA_ISA {
+
+using mla::CachePart;
+
+template <class F>
+void read_floats(const CachePart& part, int64_t place, float* out) {
+  F::widen(static_cast<const uint8_t*>(part.low) + place * part.size * F::kBytes, 0, part.size, out);
+}
+
+// Four bits of exponent, three of fraction; no infinities.
+inline void read_fp8_e4m3(const CachePart& part, int64_t place, float* out) {
+  const uint8_t* codes = static_cast<const uint8_t*>(part.low) + place * part.size;
+  for (int i = 0; i < part.size; ++i) {
+    const uint32_t sign = static_cast<uint32_t>(codes[i] & 0x80) << 24, rest = codes[i] & 0x7F;
+    const uint32_t bits = sign | ((rest << 20) + (120u << 23));
+    float value;
+    std::memcpy(&value, &bits, 4);
+    if (rest < 8) value = (sign ? -0x1p-9f : 0x1p-9f) * static_cast<float>(rest);
+    if (rest == 0x7F) value = NAN;
+    out[i] = value;
+  }
+}
+
+inline float scale_at(const void* scales, int64_t place) {
+  return half_at(static_cast<const uint8_t*>(scales) + 2 * place);
+}
+
+inline void read_q8_0(const CachePart& part, int64_t place, float* out) {
+  const int8_t* codes = static_cast<const int8_t*>(part.low) + place * part.size;
+  const int blocks = part.size / 32;
+  for (int b = 0; b < blocks; ++b) {
+    const float scale = scale_at(part.scale, place * blocks + b);
+    for (int i = 0; i < 32; ++i) out[32 * b + i] = static_cast<float>(codes[32 * b + i]) * scale;
+  }
+}
+
+inline void read_q8_kv(const CachePart& part, int64_t place, float* out) {
+  const int8_t* codes = static_cast<const int8_t*>(part.low) + place * part.size;
+  const float scale = float_at(static_cast<const uint8_t*>(part.scale) + 4 * place);
+  for (int i = 0; i < part.size; ++i) out[i] = static_cast<float>(codes[i]) * scale;
+}
+
+// Codes of 4 + kHigh bits less kZero, or levels where kZero is negative; an offset where `part.offset` is there.
+template <int kHigh, int kZero>
+void read_planes(const CachePart& part, int64_t place, float* out) {
+  const int n = part.size, blocks = n / 32;
+  const uint8_t* low = static_cast<const uint8_t*>(part.low) + place * (n / 2);
+  for (int i = 0; i < n / 2; ++i) {
+    out[i] = static_cast<float>(low[i] & 15);
+    out[i + n / 2] = static_cast<float>(low[i] >> 4);
+  }
+  if constexpr (kHigh > 0) {
+    constexpr int kPlanes = 8 / kHigh;
+    const uint8_t* high = static_cast<const uint8_t*>(part.high) + place * (n / kPlanes);
+    for (int p = 0; p < kPlanes; ++p)
+      for (int i = 0; i < n / kPlanes; ++i)
+        out[p * (n / kPlanes) + i] += static_cast<float>((high[i] >> (p * kHigh) & ((1 << kHigh) - 1)) << 4);
+  }
+  for (int b = 0; b < blocks; ++b) {
+    const float scale = scale_at(part.scale, place * blocks + b);
+    const float offset = part.offset ? scale_at(part.offset, place * blocks + b) : 0.0f;
+    for (int i = 32 * b; i < 32 * b + 32; ++i) {
+      const float level = kZero < 0 ? static_cast<float>(kNonLinear[static_cast<int>(out[i])]) - 127 : out[i] - kZero;
+      out[i] = level * scale + offset;
+    }
+  }
+}
+
+decltype(CachePart::read) cache_reader(std::string_view type) {
+  if (type == "f32") return read_floats<F32>;
+  if (type == "f16") return read_floats<F16>;
+  if (type == "bf16") return read_floats<BF16>;
+  if (type == "fp8_e4m3") return read_fp8_e4m3;
+  if (type == "q8_0") return read_q8_0;
+  if (type == "q8_KV") return read_q8_kv;
+  if (type == "q6_0") return read_planes<2, 32>;
+  if (type == "q5_1") return read_planes<1, 0>;
+  if (type == "q5_0") return read_planes<1, 16>;
+  if (type == "q4_1") return read_planes<0, 0>;
+  if (type == "q4_0") return read_planes<0, 8>;
+  if (type == "iq4_nl") return read_planes<0, -1>;
+  return nullptr;
+}
+
+}  // namespace MLA_ISA

@@ -1,0 +1,124 @@
+// Products of weights that are float32, float16 or bfloat16 with activations as they are.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "products.h"
+
+namespace MLA_ISA {
+
+// `widen` turns `count` weights from place `first` of a row on into float32.
+struct F32 {
+  static constexpr int kBytes = 4;
+  static void widen(const uint8_t* row, int64_t first, int count, float* out) {
+    std::memcpy(out, row + 4 * first, sizeof(float) * count);
+  }
+};
+
+struct F16 {
+  static constexpr int kBytes = 2;
+  static void widen(const uint8_t* row, int64_t first, int count, float* out) {
+    const uint8_t* p = row + 2 * first;
+    int i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16) {
+      const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2 * i));
+      _mm512_storeu_ps(out + i, _mm512_cvtph_ps(halves));
+    }
+#elif defined(__F16C__)
+    for (; i + 8 <= count; i += 8) {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * i));
+      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(halves));
+    }
+#endif
+    for (; i < count; ++i) out[i] = half_at(p + 2 * i);
+  }
+};
+
+struct BF16 {
+  static constexpr int kBytes = 2;
+  static void widen(const uint8_t* row, int64_t first, int count, float* out) {
+    const uint8_t* p = row + 2 * first;
+    for (int i = 0; i < count; ++i) {
+      uint16_t high;
+      std::memcpy(&high, p + 2 * i, 2);
+      const uint32_t bits = static_cast<uint32_t>(high) << 16;
+      std::memcpy(out + i, &bits, 4);
+    }
+  }
+};
+
+// 16 partial sums let the compiler add in vectors without reordering.
+inline float dot_floats(const float* a, const float* b, int count) {
+  float sums[16] = {}, total = 0;
+  int i = 0;
+  for (; i + 16 <= count; i += 16)
+    for (int j = 0; j < 16; ++j) sums[j] += a[i + j] * b[i + j];
+  for (; i < count; ++i) total += a[i] * b[i];
+  for (int j = 0; j < 16; ++j) total += sums[j];
+  return total;
+}
+
+template <class F, int kCount>
+struct FloatDot {
+  static void row(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
+    alignas(64) float weights[kChunk];
+    for (int t = 0; t < kCount; ++t) out[t] = 0;
+    for (int64_t first = 0; first < matrix.size; first += kChunk) {
+      const int count = static_cast<int>(std::min<int64_t>(kChunk, matrix.size - first));
+      F::widen(matrix.blocks + r * matrix.row_bytes, first, count, weights);
+      for (int t = 0; t < kCount; ++t) out[t] += dot_floats(weights, x.values_of(rows[t]) + first, count);
+    }
+  }
+};
+
+// 256 columns of 16 weight rows, a column's 16 numbers beside each other.
+struct FloatPanel {
+  alignas(64) float columns[kChunk][kPanelRows];
+
+  template <int kCount>
+  void multiply_tile(const Selection& x, int first, int64_t column, int count, float* sums) const {
+    const float* values[kCount];
+    alignas(64) float total[kCount][kPanelRows];
+    for (int t = 0; t < kCount; ++t) {
+      values[t] = x.source->values_of(x.row(first + t)) + column;
+      std::memcpy(total[t], sums + (first + t) * kPanelRows, sizeof(total[t]));
+    }
+    for (int c = 0; c < count; ++c)
+      for (int t = 0; t < kCount; ++t)
+        for (int k = 0; k < kPanelRows; ++k) total[t][k] += columns[c][k] * values[t][c];
+    for (int t = 0; t < kCount; ++t) std::memcpy(sums + (first + t) * kPanelRows, total[t], sizeof(total[t]));
+  }
+
+  void multiply(const Selection& x, int64_t column, int count, float* sums) const {
+    int t = 0;
+    for (; t + 8 <= x.count; t += 8) multiply_tile<8>(x, t, column, count, sums);
+    for (; t < x.count; ++t) multiply_tile<1>(x, t, column, count, sums);
+  }
+};
+
+template <class F>
+void multiply_panels_float(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out,
+                           int64_t stride) {
+  std::vector<float> sums(static_cast<size_t>(x.count) * kPanelRows);
+  FloatPanel panel;
+  for (int64_t r = begin; r < end; r += kPanelRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, end - r));
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t first = 0; first < matrix.size; first += kChunk) {
+      const int count = static_cast<int>(std::min<int64_t>(kChunk, matrix.size - first));
+      for (int k = 0; k < kPanelRows; ++k) {
+        alignas(64) float row[kChunk];
+        F::widen(matrix.blocks + (r + std::min(k, rows - 1)) * matrix.row_bytes, first, count, row);
+        for (int c = 0; c < count; ++c) panel.columns[c][k] = row[c];
+      }
+      panel.multiply(x, first, count, sums.data());
+    }
+    for (int t = 0; t < x.count; ++t)
+      std::memcpy(out + t * stride + r, sums.data() + static_cast<size_t>(t) * kPanelRows, sizeof(float) * rows);
+  }
+}
+
+}  // namespace MLA_ISA

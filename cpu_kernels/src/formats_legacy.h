@@ -1,0 +1,50 @@
+// Formats with blocks of 32 and a float16 scale.
+#pragma once
+
+#include "formats.h"
+
+namespace MLA_ISA {
+
+struct Q8_0 {
+  static constexpr int kBlock = 32, kBytes = 34, kGroup = 32;
+  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
+    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
+    for (int b = 0; b < blocks; ++b, p += kBytes) {
+      scales[b] = half_at(p);
+      offsets[b] = -128 * scales[b];
+      for (int i = 0; i < 32; ++i) codes[32 * b + i] = p[2 + i] ^ 0x80;
+    }
+  }
+};
+
+struct Q4_0 {
+  static constexpr int kBlock = 32, kBytes = 18, kGroup = 32;
+  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
+    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
+    for (int b = 0; b < blocks; ++b, p += kBytes) {
+      scales[b] = half_at(p);
+      offsets[b] = -8 * scales[b];
+      const Bytes16 packed = load16(p + 2);
+      store16(codes + 32 * b, packed & 15);
+      store16(codes + 32 * b + 16, packed >> 4);
+    }
+  }
+};
+
+struct Q6_0 {
+  static constexpr int kBlock = 32, kBytes = 26, kGroup = 32;
+  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
+    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
+    for (int b = 0; b < blocks; ++b, p += kBytes) {
+      scales[b] = half_at(p);
+      offsets[b] = -32 * scales[b];
+      for (int i = 0; i < 16; ++i) {
+        const uint8_t low = p[10 + i], high = p[2 + i % 8] >> (4 * (i / 8));
+        codes[32 * b + i] = (low & 15) | (high & 3) << 4;
+        codes[32 * b + 16 + i] = (low >> 4) | (high & 12) << 2;
+      }
+    }
+  }
+};
+
+}  // namespace MLA_ISA

@@ -1,0 +1,108 @@
+// What each instruction set implements; `kernels.cc` is compiled once for each of them.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+#include "activations.h"
+
+namespace mla {
+
+struct Format;
+
+// A weight matrix [rows, size]. The blocks of a row lie together; the headers that some formats have lie apart.
+struct Matrix {
+  const Format* format;
+  int64_t rows, size;
+  const uint8_t* blocks;
+  const uint8_t* header;
+  int64_t row_bytes, header_bytes;
+
+  Matrix from_row(int64_t row) const {
+    Matrix part = *this;
+    part.blocks += row * row_bytes;
+    part.header += row * header_bytes;
+    return part;
+  }
+};
+
+// Some rows of activations: `index[i]` is the row of `source` that stands at place i; null: i itself.
+struct Selection {
+  const Activations* source;
+  const int32_t* index;
+  int count;
+
+  int row(int place) const { return index ? index[place] : place; }
+};
+
+// A weight format, blocks of `block` weights in `bytes` bytes, and what can be done with it.
+struct Format {
+  const char* name;
+  int block, bytes, header_bytes;
+  bool is_float;  // meets activations as they are; the others meet bytes
+  // out[i * stride + r] = dot(activations i, matrix row r) for r in [begin, end).
+  void (*matmul)(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride);
+  // out[j] = sum over i of x[i] * weight[begin + i][j]: the transposed product, of `count` rows.
+  void (*transposed)(const Matrix& matrix, int64_t begin, int count, const float* x, float* out);
+};
+
+// One part of cached rows, [pages, slots of a page, size], in the planes of `mla_jax.cache.codec`.
+struct CachePart {
+  // Decodes the row at `place`, counted over all pages.
+  void (*read)(const CachePart& part, int64_t place, float* out);
+  int size;
+  const void *low, *high, *scale, *offset;
+};
+
+struct LatentCache {
+  CachePart latent, rope;
+  int num_pages, page_size;
+};
+
+// What attention to some slots gives for groups of 16 queries: the largest score, the sum of exp(score - largest),
+// both [groups, 16], and the values weighted so, [groups, size of a value, 16]. All begin at a multiple of 64 bytes.
+struct Partials {
+  float *tops, *sums, *out;
+};
+
+// Queries in groups of 16, [groups, size of a key, 16], from a multiple of 64 bytes on; each sees the slots up to its position, [groups, 16].
+struct Queries {
+  const float* values;
+  const int32_t* positions;
+  int groups;
+  float scale;  // multiplies the scores
+};
+
+struct Kernels {
+  const char* name;
+  const Format* formats;
+  int num_formats;
+  // Quantises row `row` of `out` from its values.
+  void (*quantise)(Activations* out, int row);
+  // up[i] *= silu(gate[i])
+  void (*gate)(const float* gate, float* up, int64_t count);
+  // out[i] += weight * x[i]
+  void (*add)(const float* x, float weight, float* out, int64_t count);
+  // Decodes slots [begin, end) of a sequence, latent and rotary part beside each other; zeros where there is no page,
+  // and after the end up to a multiple of 8 slots.
+  void (*read_slots)(const LatentCache& cache, const int32_t* pages, int begin, int end, float* out);
+  // Attends to the latents in slots [begin, end) of a sequence: values are the latents themselves.
+  void (*attend_latents)(const LatentCache& cache, const int32_t* pages, int begin, int end, const Queries& queries,
+                         const Partials& partials);
+  // Folds slots [begin, end) with keys [slots, key_size] and values, both `stride` apart, into `partials`.
+  void (*attend_tile)(const float* keys, int key_size, const float* values, int value_size, int64_t stride, int begin,
+                      int end, const Queries& queries, const Partials& partials);
+  // Returns the reader of a cache type, null for a type that there is none of.
+  decltype(CachePart::read) (*cache_reader)(std::string_view type);
+
+  const Format* find(std::string_view format) const {
+    for (int i = 0; i < num_formats; ++i)
+      if (format == formats[i].name) return &formats[i];
+    return nullptr;
+  }
+};
+
+const Kernels& kernels();                  // those in use: the best that this machine has, unless told otherwise
+bool use_kernels(std::string_view name);  // false for an instruction set that this machine lacks
+
+}  // namespace mla

@@ -1,0 +1,72 @@
+// Which instruction set is in use, and what Python asks the library.
+#include <atomic>
+
+#include "kernels.h"
+
+#define MLA_DECLARE(isa)              \
+  namespace isa {                     \
+  extern const mla::Kernels kernels;  \
+  }
+MLA_DECLARE(generic)
+#if defined(__x86_64__)
+MLA_DECLARE(avx2)
+MLA_DECLARE(avx512)
+#endif
+
+namespace mla {
+
+namespace {
+
+// The n-th of those that this machine has, the best first; null past the last.
+const Kernels* available(int n) {
+  const Kernels* found[4];
+  int count = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    found[count++] = &avx512::kernels;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    found[count++] = &avx2::kernels;
+#endif
+  found[count++] = &generic::kernels;
+  return n < count ? found[n] : nullptr;
+}
+
+std::atomic<const Kernels*> in_use{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* chosen = in_use.load(std::memory_order_relaxed);
+  if (chosen == nullptr) {
+    chosen = available(0);
+    in_use.store(chosen, std::memory_order_relaxed);
+  }
+  return *chosen;
+}
+
+bool use_kernels(std::string_view name) {
+  for (int n = 0; const Kernels* candidate = available(n); ++n)
+    if (name == candidate->name) {
+      in_use.store(candidate, std::memory_order_relaxed);
+      return true;
+    }
+  return false;
+}
+
+}  // namespace mla
+
+extern "C" const char* mla_instruction_set() { return mla::kernels().name; }
+
+extern "C" const char* mla_available(int n) {
+  const mla::Kernels* found = mla::available(n);
+  return found == nullptr ? nullptr : found->name;
+}
+
+extern "C" bool mla_use(const char* name) { return mla::use_kernels(name); }
+
+extern "C" const char* mla_format(int n) {
+  const mla::Kernels& kernels = mla::kernels();
+  return n < kernels.num_formats ? kernels.formats[n].name : nullptr;
+}

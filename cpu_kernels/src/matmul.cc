@@ -1,0 +1,91 @@
+// Products of activations with a weight matrix, or with a matrix per head.
+#include <vector>
+
+#include "operands.h"
+
+namespace mla {
+
+namespace {
+
+// x [..., size] and weight [rows, size] -> [..., rows].
+ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer blocks, ffi::AnyBuffer header,
+                  ffi::ResultBuffer<ffi::F32> out, std::string_view format) {
+  Matrix matrix;
+  if (ffi::Error error = read_matrix(blocks, header, format, &matrix); error.failure()) return error;
+  const int64_t rows = matrix.rows == 0 ? 0 : out->element_count() / matrix.rows;
+  Activations& activations = scratch(0);
+  read_activations(pool, x.typed_data(), rows, matrix.size, !matrix.format->is_float, &activations);
+  const int64_t step = rows_per_task(matrix, 1, pool.num_threads());
+  parallel_for(pool, rows == 0 ? 0 : (matrix.rows + step - 1) / step, [&](int64_t task) {
+    const Selection all{&activations, nullptr, static_cast<int>(rows)};
+    matrix.format->matmul(matrix, task * step, std::min(matrix.rows, (task + 1) * step), all, out->typed_data(),
+                          matrix.rows);
+  });
+  return ffi::Error::Success();
+}
+
+// x [X, N, size] and for each head `out` rows of the weight, from row n * stride + first on -> [X, N, out].
+ffi::Error head_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer blocks, ffi::AnyBuffer header,
+                       ffi::ResultBuffer<ffi::F32> out, std::string_view format, int64_t stride, int64_t first) {
+  Matrix matrix;
+  if (ffi::Error error = read_matrix(blocks, header, format, &matrix); error.failure()) return error;
+  const int64_t tokens = x.dimensions()[0], heads = x.dimensions()[1], width = out->dimensions()[2];
+  Activations& activations = scratch(0);
+  read_activations(pool, x.typed_data(), tokens * heads, matrix.size, !matrix.format->is_float, &activations);
+  parallel_for(pool, tokens == 0 ? 0 : heads, [&](int64_t n) {
+    std::vector<int32_t> rows(tokens);
+    for (int64_t t = 0; t < tokens; ++t) rows[t] = static_cast<int32_t>(t * heads + n);
+    matrix.format->matmul(matrix.from_row(n * stride + first), 0, width,
+                          {&activations, rows.data(), static_cast<int>(tokens)}, out->typed_data() + n * width,
+                          heads * width);
+  });
+  return ffi::Error::Success();
+}
+
+// x [X, N, in] and for each head `in` rows of the weight, from row n * stride on -> [X, N, size].
+ffi::Error head_transposed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer blocks,
+                           ffi::AnyBuffer header, ffi::ResultBuffer<ffi::F32> out, std::string_view format,
+                           int64_t stride) {
+  Matrix matrix;
+  if (ffi::Error error = read_matrix(blocks, header, format, &matrix); error.failure()) return error;
+  const int64_t tokens = x.dimensions()[0], heads = x.dimensions()[1], in = x.dimensions()[2];
+  parallel_for(pool, tokens * heads, [&](int64_t i) {
+    matrix.format->transposed(matrix, i % heads * stride, static_cast<int>(in), x.typed_data() + i * in,
+                              out->typed_data() + i * matrix.size);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_matmul, matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<std::string_view>("format"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_head_matmul, head_matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<std::string_view>("format")
+                                  .Attr<int64_t>("stride")
+                                  .Attr<int64_t>("first"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_head_transposed, head_transposed,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<std::string_view>("format")
+                                  .Attr<int64_t>("stride"));
+
+}  // namespace mla

@@ -1,0 +1,65 @@
+// From XLA's buffers to what the kernels take.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace mla {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kTaskBytes = 64 << 10;  // weights per task: enough to pay for taking it
+
+// Returns activations that this thread keeps, so that their memory is taken once.
+inline Activations& scratch(int which) {
+  thread_local Activations kept[2];
+  return kept[which];
+}
+
+// Describes a weight: blocks [..., rows, blocks of a row, bytes], or numbers [..., rows, size], of which the first
+// matrix is meant.
+inline ffi::Error read_matrix(const ffi::AnyBuffer& blocks, const ffi::AnyBuffer& header, std::string_view name,
+                              Matrix* out) {
+  const Format* format = kernels().find(name);
+  if (format == nullptr) return ffi::Error::InvalidArgument("there is no kernel for format " + std::string(name));
+  const auto dims = blocks.dimensions();
+  const size_t per_row = format->is_float ? 1 : 2;
+  if (dims.size() < per_row + 1 || (!format->is_float && dims.back() != format->bytes))
+    return ffi::Error::InvalidArgument("blocks do not have the shape of format " + std::string(name));
+  out->format = format;
+  out->rows = dims[dims.size() - per_row - 1];
+  out->size = format->is_float ? dims.back() : dims[dims.size() - 2] * format->block;
+  out->row_bytes = format->is_float ? dims.back() * format->bytes : dims[dims.size() - 2] * dims.back();
+  out->header_bytes = format->header_bytes;
+  out->blocks = static_cast<const uint8_t*>(blocks.untyped_data());
+  out->header = static_cast<const uint8_t*>(header.untyped_data());
+  return ffi::Error::Success();
+}
+
+// Makes `out` hold rows of activations, quantised where the weights are.
+inline void read_activations(ffi::ThreadPool& pool, const float* x, int64_t rows, int64_t size, bool quantised,
+                             Activations* out) {
+  out->values = x;
+  out->resize(static_cast<int>(rows), static_cast<int>(size));
+  if (!quantised) return;
+  const int64_t step = rows <= 4 ? rows : 16;
+  parallel_for(pool, rows == 0 ? 0 : (rows + step - 1) / step, [&](int64_t task) {
+    for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row)
+      kernels().quantise(out, static_cast<int>(row));
+  });
+}
+
+// Returns how many rows of `parts` matrices a task takes: enough tasks for balance, each worth its taking.
+inline int64_t rows_per_task(const Matrix& matrix, int64_t parts, int64_t threads) {
+  const int64_t even = (matrix.rows * parts + 4 * threads - 1) / (4 * threads);
+  const int64_t least = kTaskBytes / std::max<int64_t>(matrix.row_bytes, 1) + 1;
+  return (std::min(std::max(even, least), std::max<int64_t>(matrix.rows, 1)) + 15) / 16 * 16;
+}
+
+}  // namespace mla

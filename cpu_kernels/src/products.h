@@ -1,0 +1,49 @@
+// Sums of products of weights and activations: what is common, and the choice for the instruction set.
+//
+// `IntegerDot<F, n>::row` meets a weight row with n rows of activations; `Panel<g>` holds 256 columns of 16 weight
+// rows, a scale and an offset for g neighbours, and meets any number of activations.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "formats.h"
+#include "kernels.h"
+
+namespace MLA_ISA {
+
+using mla::Activations;
+using mla::Matrix;
+using mla::Selection;
+
+constexpr int kPanelRows = 16;
+
+// A chunk in memory. What lies past the end of a row has scale and offset 0.
+template <int kGroup>
+struct Codes {
+  static constexpr int kGroups = kChunk / kGroup;
+  alignas(64) uint8_t codes[kChunk];
+  alignas(64) float scales[kGroups];
+  alignas(64) float offsets[kGroups];
+};
+
+template <class F>
+inline void unpack(const Matrix& matrix, int64_t row, int chunk, Codes<F::kGroup>* out) {
+  const Row source = {matrix.header + row * matrix.header_bytes, matrix.blocks + row * matrix.row_bytes};
+  const int left = static_cast<int>(std::min<int64_t>(matrix.size - static_cast<int64_t>(chunk) * kChunk, kChunk));
+  F::unpack(source, chunk, left / F::kBlock, out->codes, out->scales, out->offsets);
+  if (left < kChunk) {
+    std::memset(out->codes + left, 0, kChunk - left);
+    std::fill(out->scales + left / F::kGroup, out->scales + Codes<F::kGroup>::kGroups, 0.0f);
+    std::fill(out->offsets + left / F::kGroup, out->offsets + Codes<F::kGroup>::kGroups, 0.0f);
+  }
+}
+
+}  // namespace MLA_ISA
+
+#if defined(__AVX512VNNI__)
+#include "products512.h"
+#else
+#include "products_plain.h"
+#endif

@@ -1,0 +1,181 @@
+// Products for AVX-512 with VNNI: `vpdpbusd` adds four products of unsigned and signed bytes in each of 16 lanes.
+#pragma once
+
+#include <type_traits>
+
+#include "registers512.h"
+
+namespace MLA_ISA {
+
+// A chunk that was unpacked to memory, seen as registers.
+template <int kGroup>
+struct Stored {
+  const Codes<kGroup>& chunk;
+
+  static auto load(const float* numbers) {
+    if constexpr (kGroup == 32)
+      return _mm256_load_ps(numbers);
+    else
+      return _mm512_load_ps(numbers);
+  }
+  auto scales() const { return load(chunk.scales); }
+  auto offsets() const { return load(chunk.offsets); }
+  __m512i codes(int i) const { return _mm512_load_si512(chunk.codes + 64 * i); }
+};
+
+// Lanes of the products of 64 weights -> number of their group within the chunk.
+template <int kGroup>
+inline __m512i groups_of(int i) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_add_epi32(_mm512_srli_epi32(lanes, kGroup == 32 ? 3 : 2), _mm512_set1_epi32(64 / kGroup * i));
+}
+
+// The running dot products of one weight row and some rows of activations.
+template <int kCount>
+struct DotSums {
+  __m512 products[kCount], offsets[kCount];
+
+  DotSums() {
+    for (int t = 0; t < kCount; ++t) products[t] = offsets[t] = _mm512_setzero_ps();
+  }
+
+  // Adds a chunk, from registers or from memory.
+  template <int kGroup, class Source>
+  void add(const Source& source, const Activations& x, const int* rows, int chunk) {
+    const auto scale = source.scales();
+    __m512 both[kCount];
+    for (int t = 0; t < kCount; ++t) {
+      const __m256 x_scale = _mm256_loadu_ps(x.scales_of(rows[t]) + 8 * chunk);
+      if constexpr (kGroup == 32) {
+        both[t] = _mm512_castps256_ps512(_mm256_mul_ps(scale, x_scale));
+        const __m256 sums = _mm256_loadu_ps(x.sums32_of(rows[t]) + 8 * chunk);
+        offsets[t] = _mm512_add_ps(offsets[t], _mm512_zextps256_ps512(_mm256_mul_ps(source.offsets(), sums)));
+      } else {
+        const __m512i pairs = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+        both[t] = _mm512_mul_ps(scale, _mm512_permutexvar_ps(pairs, _mm512_castps256_ps512(x_scale)));
+        const __m512 sums = _mm512_loadu_ps(x.sums16_of(rows[t]) + 16 * chunk);
+        offsets[t] = _mm512_fmadd_ps(source.offsets(), sums, offsets[t]);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512i codes = source.codes(i);
+      for (int t = 0; t < kCount; ++t) {
+        const __m512i x_codes = _mm512_loadu_si512(x.codes_of(rows[t]) + chunk * kChunk + 64 * i);
+        const __m512i dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, x_codes);
+        const __m512 factor = _mm512_permutexvar_ps(groups_of<kGroup>(i), both[t]);
+        products[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), factor, products[t]);
+      }
+    }
+  }
+};
+
+template <class F, class = void>
+struct HasRegisters : std::false_type {};
+template <class F>
+struct HasRegisters<F, std::void_t<decltype(sizeof(Chunk<F>))>> : std::true_type {};
+
+template <class F, int kCount>
+struct IntegerDot {
+  static void row(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
+    const Row row = {matrix.header + r * matrix.header_bytes, matrix.blocks + r * matrix.row_bytes};
+    DotSums<kCount> sums;
+    int c = 0;
+    if constexpr (HasRegisters<F>::value)
+      for (; (c + 1) * kChunk <= matrix.size; ++c) sums.template add<F::kGroup>(Chunk<F>(row, c), x, rows, c);
+    for (; c * kChunk < matrix.size; ++c) {
+      Codes<F::kGroup> chunk;
+      unpack<F>(matrix, r, c, &chunk);
+      sums.template add<F::kGroup>(Stored<F::kGroup>{chunk}, x, rows, c);
+    }
+    for (int t = 0; t < kCount; ++t)
+      out[t] = _mm512_reduce_add_ps(_mm512_add_ps(sums.products[t], sums.offsets[t]));
+  }
+};
+
+// Turns 16 rows of 16 words of four bytes into columns; rows are `stride` bytes apart.
+inline void transpose_words(const uint8_t* rows, size_t stride, uint8_t* columns) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows + i * stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+  for (int j = 0; j < 4; ++j)
+    for (int half = 0; half < 2; ++half) {
+      b[8 * half + j] = _mm512_shuffle_i32x4(a[8 * half + j], a[8 * half + 4 + j], 0x88);
+      b[8 * half + 4 + j] = _mm512_shuffle_i32x4(a[8 * half + j], a[8 * half + 4 + j], 0xDD);
+    }
+  for (int j = 0; j < 8; ++j) {
+    _mm512_storeu_si512(columns + 64 * j, _mm512_shuffle_i32x4(b[j], b[8 + j], 0x88));
+    _mm512_storeu_si512(columns + 64 * (j + 8), _mm512_shuffle_i32x4(b[j], b[8 + j], 0xDD));
+  }
+}
+
+template <int kGroup>
+struct Panel {
+  static constexpr int kGroups = kChunk / kGroup, kQuads = kGroup / 4;
+  Codes<kGroup> rows[kPanelRows];
+  alignas(64) uint8_t codes[kChunk / 4][kPanelRows][4];  // four columns of a row beside the same four of the next
+  alignas(64) float scales[kGroups][kPanelRows];
+  alignas(64) float offsets[kGroups][kPanelRows];
+
+  Codes<kGroup>* row(int k) { return &rows[k]; }
+
+  void finish() {
+    for (int part = 0; part < 4; ++part)
+      transpose_words(rows[0].codes + 64 * part, sizeof(rows[0]), codes[16 * part][0]);
+    for (int k = 0; k < kPanelRows; ++k)
+      for (int g = 0; g < kGroups; ++g) {
+        scales[g][k] = rows[k].scales[g];
+        offsets[g][k] = rows[k].offsets[g];
+      }
+  }
+
+  template <int kCount>
+  void multiply_tile(const Selection& x, int first, int chunk, float* sums) const {
+    const int8_t* x_codes[kCount];
+    const float *x_scales[kCount], *x_sums[kCount];
+    __m512 total[kCount];
+    for (int t = 0; t < kCount; ++t) {
+      const int row = x.row(first + t);
+      x_codes[t] = x.source->codes_of(row) + chunk * kChunk;
+      x_scales[t] = x.source->scales_of(row) + 8 * chunk;
+      x_sums[t] = kGroup == 32 ? x.source->sums32_of(row) + 8 * chunk : x.source->sums16_of(row) + 16 * chunk;
+      total[t] = _mm512_loadu_ps(sums + (first + t) * kPanelRows);
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      const __m512 scale = _mm512_load_ps(scales[g]), offset = _mm512_load_ps(offsets[g]);
+      __m512i dots[kCount];
+      for (int t = 0; t < kCount; ++t) dots[t] = _mm512_setzero_si512();
+      for (int q = 0; q < kQuads; ++q) {
+        const __m512i weights = _mm512_load_si512(codes[g * kQuads + q]);
+        for (int t = 0; t < kCount; ++t) {
+          int32_t four;
+          std::memcpy(&four, x_codes[t] + g * kGroup + 4 * q, 4);
+          dots[t] = _mm512_dpbusd_epi32(dots[t], weights, _mm512_set1_epi32(four));
+        }
+      }
+      for (int t = 0; t < kCount; ++t) {
+        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[t][g * kGroup / 32]));
+        total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), both, total[t]);
+        total[t] = _mm512_fmadd_ps(offset, _mm512_set1_ps(x_sums[t][g]), total[t]);
+      }
+    }
+    for (int t = 0; t < kCount; ++t) _mm512_storeu_ps(sums + (first + t) * kPanelRows, total[t]);
+  }
+
+  // sums[t][k] += dot(activations t, row k) over the chunk.
+  void multiply(const Selection& x, int chunk, float* sums) const {
+    int t = 0;
+    for (; t + 12 <= x.count; t += 12) multiply_tile<12>(x, t, chunk, sums);
+    for (; t + 4 <= x.count; t += 4) multiply_tile<4>(x, t, chunk, sums);
+    for (; t < x.count; ++t) multiply_tile<1>(x, t, chunk, sums);
+  }
+};
+
+}  // namespace MLA_ISA

@@ -1,0 +1,60 @@
+"""Which code computes: kernels where they lower, are there and are wanted, XLA otherwise.
+
+The CPU kernels round activations to 8 bits before they meet quantised weights. Who wants float32 products,
+to compare or to differentiate twice, asks JAX for them, and XLA computes everything:
+
+    with jax.default_matmul_precision("highest"): ...
+"""
+
+import jax
+import jax.numpy as jnp
+
+import cpu_kernels
+from mla_jax.quant import tensor
+
+_EXACT = ("highest", "float32")
+
+
+def has_kernel(*weights: tensor.Weight) -> bool:
+    """Whether kernels multiply by these weights as they are; float32 ones are left to XLA."""
+    return all(_format(weight) in cpu_kernels.formats() - {"f32"} for weight in weights)
+
+
+def operands(weight: tensor.Weight) -> tuple[tuple[jax.Array, jax.Array], str]:
+    """Returns (blocks, header) and the format of a weight; one without kernels is decoded first."""
+    if not has_kernel(weight):
+        weight = tensor.decode(weight)
+    if not isinstance(weight, tensor.QuantizedTensor):
+        return (weight, jnp.zeros((0,), jnp.uint8)), _format(weight)
+    header = jnp.zeros((0,), jnp.uint8) if weight.header is None else weight.header
+    return (weight.blocks, header), weight.format
+
+
+def run(*args, cpu, default):
+    """Returns `cpu(*args)` where the code lowers for the CPU and kernels are wanted, else `default(*args)`.
+
+    Derivatives are those of `default`, at the same arguments.
+
+    Args:
+      *args: pytrees of arrays: all the arrays that the functions read.
+      cpu: the way with kernels.
+      default: the same in plain JAX.
+    """
+    if not cpu_kernels.available() or jax.config.jax_default_matmul_precision in _EXACT:
+        return default(*args)
+
+    @jax.custom_jvp
+    def compute(*args):
+        return jax.lax.platform_dependent(*args, cpu=cpu, default=default)
+
+    @compute.defjvp
+    def _(primals, tangents):
+        return compute(*primals), jax.jvp(default, primals, tangents)[1]
+
+    return compute(*args)
+
+
+def _format(weight):
+    if isinstance(weight, tensor.QuantizedTensor):
+        return weight.format
+    return {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(weight.dtype.name)

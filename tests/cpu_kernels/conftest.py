@@ -1,0 +1,22 @@
+import jax
+import pytest
+
+import cpu_kernels
+
+
+@pytest.fixture(autouse=True)
+def kernels_compute():
+    """Lets the kernels run, which the tests of everything else leave out."""
+    if not cpu_kernels.available():
+        pytest.skip(f"the CPU kernels are not there: {cpu_kernels.unavailable_because()}")
+    with jax.default_matmul_precision("default"):
+        yield
+
+
+@pytest.fixture(params=["avx512", "avx2", "generic"])
+def instruction_set(request):
+    if request.param not in cpu_kernels.instruction_sets():
+        pytest.skip(f"this machine has no {request.param}")
+    cpu_kernels.use_instruction_set(request.param)
+    yield request.param
+    cpu_kernels.use_instruction_set(cpu_kernels.instruction_sets()[0])

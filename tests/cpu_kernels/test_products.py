@@ -1,0 +1,187 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cpu_kernels
+from mla_jax import quant
+from mla_jax.nn import layers, moe
+from mla_jax.quant import dispatch
+
+INTEGER = sorted(cpu_kernels.formats() - {"f32", "f16", "bf16"})
+FLOAT = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
+FORMATS = [*INTEGER, *FLOAT]
+
+
+def _weight(name, *shape, seed=0):
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    if name in FLOAT:
+        return jnp.asarray(values, FLOAT[name])
+    return jax.tree.map(jnp.asarray, quant.encode(values, name))
+
+
+def _size(name, blocks_of_32=21):
+    """Rows that end within a chunk of 256 where the format allows it."""
+    return 32 * blocks_of_32 if name in FLOAT or quant.FORMATS[name].block_size == 32 else 768
+
+
+def _rounded(x):
+    """Activations as the kernels take them: 32 neighbours share a scale, largest magnitude / 127."""
+    groups = x.astype(np.float32).reshape(*x.shape[:-1], x.shape[-1] // 32, 32)
+    scale = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(127)
+    inverse = np.divide(1, scale, where=scale > 0, out=np.zeros_like(scale))
+    return (np.rint(groups * inverse).astype(np.float64) * scale).reshape(x.shape)
+
+
+def _definition(x, weight, name):
+    x = x.astype(np.float64) if name in FLOAT else _rounded(x)
+    return x @ np.asarray(quant.decode(weight), np.float64).T
+
+
+def _distance(out, expected):
+    return np.linalg.norm(out - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_matmul_is_the_definition(name, instruction_set):
+    weight = _weight(name, 37, _size(name))
+    arrays, _ = dispatch.operands(weight)
+    for rows in (0, 1, 2, 3, 7, 8, 13, 29):
+        x = np.random.default_rng(rows).standard_normal((rows, _size(name))).astype(np.float32)
+        out = np.asarray(cpu_kernels.matmul(jnp.asarray(x), *arrays, format=name))
+        chex.assert_shape(out, (rows, 37))
+        assert _distance(out, _definition(x, weight, name)) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["q8_0", "f16"])
+def test_rows_do_not_depend_on_their_neighbours(name, instruction_set):
+    arrays, _ = dispatch.operands(_weight(name, 40, 256))
+    x = np.random.default_rng(0).standard_normal((17, 256)).astype(np.float32)
+    order = np.random.default_rng(1).permutation(17)
+    out, permuted = (
+        np.asarray(cpu_kernels.matmul(jnp.asarray(a), *arrays, format=name)) for a in (x, x[order])
+    )
+    np.testing.assert_allclose(permuted, out[order], rtol=2e-5, atol=1e-4)
+    x[3, 5], x[4, 200] = np.nan, np.inf
+    spoiled = np.asarray(cpu_kernels.matmul(jnp.asarray(x), *arrays, format=name))
+    assert not np.isfinite(spoiled[[3, 4]]).any()
+    np.testing.assert_array_equal(np.delete(spoiled, [3, 4], axis=0), np.delete(out, [3, 4], axis=0))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_head_products_are_the_definition(name, instruction_set):
+    N, stride, out, size = 3, 11, 5, _size(name, 8)
+    weight = _weight(name, N * stride, size)
+    arrays, _ = dispatch.operands(weight)
+    decoded = np.asarray(quant.decode(weight), np.float64).reshape(N, stride, size)
+    for tokens in (0, 1, 9):
+        x = np.random.default_rng(0).standard_normal((tokens, N, size)).astype(np.float32)
+        values = cpu_kernels.head_matmul(
+            jnp.asarray(x), *arrays, format=name, out=out, stride=stride, first=6
+        )
+        exact = x.astype(np.float64) if name in FLOAT else _rounded(x)
+        assert _distance(np.asarray(values), np.einsum("xni,noi->xno", exact, decoded[:, 6:])) < 2e-5
+        y = x[..., :6]
+        keys = cpu_kernels.head_transposed(jnp.asarray(y), *arrays, format=name, size=size, stride=stride)
+        assert _distance(np.asarray(keys), np.einsum("xno,noi->xni", y, decoded[:, :6])) < 2e-5
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["apart", "merged"])
+@pytest.mark.parametrize("name", ["q8_0", "q4_K", "f16", "f32"])
+@pytest.mark.parametrize("X", [0, 1, 5, 40])
+def test_expert_ffn_is_xla_of_the_same_weights(name, merged, X, instruction_set):
+    E, K, D, F = 6, 3, 256, 512
+    experts = {"gate_up": _weight(name, E, 2 * F, D)} if merged else {}
+    if not merged:
+        experts = {"gate": _weight(name, E, F, D, seed=1), "up": _weight(name, E, F, D, seed=2)}
+    experts["down"] = _weight(name, E, D, F, seed=3)
+    rng = np.random.default_rng(X)
+    x = jnp.asarray(rng.standard_normal((X, D)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, E + 1, (X, K)), jnp.int32)  # E is none
+    weights = jnp.asarray(rng.random((X, K)), jnp.float32)
+    out = np.asarray(layers.experts_on_cpu(x, ids, weights, experts))
+    with jax.default_matmul_precision("highest"):
+        expected = np.asarray(moe._grouped_ffn(x, ids, weights, experts, num_experts=E)) if X else out
+    assert _distance(out, expected) < (1e-5 if name in FLOAT else 2e-2)
+
+
+def test_unselected_experts_may_hold_anything():
+    E, D, F = 4, 32, 64
+    experts = {
+        "gate": _weight("f32", E, F, D),
+        "up": _weight("f32", E, F, D),
+        "down": _weight("f32", E, D, F),
+    }
+    x, ids, weights = jnp.ones((2, D)), jnp.asarray([[1, E], [1, 3]], jnp.int32), jnp.ones((2, 2))
+    clean = layers.experts_on_cpu(x, ids, weights, experts)
+    spoiled = {name: weight.at[jnp.asarray([0, 2])].set(jnp.nan) for name, weight in experts.items()}
+    np.testing.assert_array_equal(layers.experts_on_cpu(x, ids, weights, spoiled), clean)
+
+
+def test_products_use_the_kernels_unless_float32_is_asked_for():
+    weight, x = _weight("q8_0", 64, 256), jnp.ones((1, 256))
+    assert "mla_matmul" in jax.jit(quant.matmul).lower(x, weight).as_text()
+    with jax.default_matmul_precision("highest"):
+        assert "mla_matmul" not in jax.jit(quant.matmul).lower(x, weight).as_text()
+
+
+def test_gradients_are_those_of_xla():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 256)), jnp.float32)
+    weights = {
+        "gate": _weight("q8_0", 64, 256),
+        "up": _weight("q8_0", 64, 256),
+        "down": _weight("q4_0", 256, 64),
+    }
+    direction = jnp.ones((3, 256))
+
+    def loss(x):
+        return jnp.sum(dispatch.run(x, weights, cpu=layers._one_expert_on_cpu, default=layers.gated_ffn))
+
+    def product(x):
+        return jnp.sum(quant.matmul(x, weights["gate"]))
+
+    for function in (loss, product):
+        value, slope = jax.jit(functools.partial(jax.jvp, function))((x,), (direction,))
+        gradient = jax.jit(jax.grad(function))(x)
+        with jax.default_matmul_precision("highest"):
+            exact, exact_slope = jax.jvp(function, (x,), (direction,))
+            exact_gradient = jax.grad(function)(x)
+        np.testing.assert_allclose(value, exact, rtol=2e-2)
+        np.testing.assert_allclose(slope, exact_slope, rtol=2e-2)
+        assert _distance(gradient, exact_gradient) < 2e-2
+
+
+def test_vmap_is_a_loop():
+    weight = _weight("q6_K", 33, 512)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3, 512)), jnp.float32)
+    mapped = jax.jit(jax.vmap(quant.matmul, in_axes=(0, None)))(x, weight)
+    np.testing.assert_array_equal(mapped, jnp.stack([quant.matmul(row, weight) for row in x]))
+    stacked = _weight("q6_K", 4, 33, 512)
+    mapped = jax.jit(jax.vmap(quant.matmul))(x, stacked)
+    np.testing.assert_array_equal(mapped, jnp.stack([quant.matmul(x[i], stacked[i]) for i in range(4)]))
+
+
+def test_unaligned_weights():
+    """A slice of a larger array may begin at any byte."""
+    weight, x = _weight("q8_0", 9, 96), jnp.ones((2, 96))
+    aligned = cpu_kernels.matmul(x, weight.blocks, jnp.zeros((0,), jnp.uint8), format="q8_0")
+    large = np.zeros(weight.blocks.size + 64, np.uint8)
+    for shift in (1, 2, 33):
+        view = large[shift : shift + weight.blocks.size].reshape(weight.blocks.shape)
+        view[:] = weight.blocks
+        out = cpu_kernels.matmul(x, jnp.asarray(view), jnp.zeros((0,), jnp.uint8), format="q8_0")
+        np.testing.assert_array_equal(out, aligned)
+
+
+def test_unknown_format_and_instruction_set_are_refused():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no kernel for format q9_9"):
+        jax.block_until_ready(
+            cpu_kernels.matmul(
+                jnp.ones((1, 32)), jnp.zeros((1, 1, 34), jnp.uint8), jnp.zeros((0,), jnp.uint8), format="q9_9"
+            )
+        )
+    with pytest.raises(ValueError, match=r"name must be one of .*generic, got 'mmx'"):
+        cpu_kernels.use_instruction_set("mmx")
