@@ -76,12 +76,19 @@ struct HasRegisters<F, std::void_t<decltype(sizeof(Chunk<F>))>> : std::true_type
 
 template <class F, int kCount>
 struct IntegerDot {
+  static constexpr int kChunkBytes = kChunk / F::kBlock * F::kBytes;
+  static constexpr int kAhead = 4096;  // bytes; the hardware looks ahead by itself, but within a page alone
+
   static void row(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
     const Row row = {matrix.header + r * matrix.header_bytes, matrix.blocks + r * matrix.row_bytes};
     DotSums<kCount> sums;
     int c = 0;
     if constexpr (HasRegisters<F>::value)
-      for (; (c + 1) * kChunk <= matrix.size; ++c) sums.template add<F::kGroup>(Chunk<F>(row, c), x, rows, c);
+      for (; (c + 1) * kChunk <= matrix.size; ++c) {
+        const uint8_t* ahead = row.blocks + c * kChunkBytes + kAhead;
+        for (int line = 0; line < kChunkBytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+        sums.template add<F::kGroup>(Chunk<F>(row, c), x, rows, c);
+      }
     for (; c * kChunk < matrix.size; ++c) {
       Codes<F::kGroup> chunk;
       unpack<F>(matrix, r, c, &chunk);
