@@ -25,19 +25,23 @@ class Closeness:
         return cls(float(kl), float((reference.argmax(axis=-1) == ours.argmax(axis=-1)).mean()))
 
 
-def network_logits(checkpoint, tokens, run, *, config=None) -> np.ndarray:
-    """Returns f32[T, W] of this project's network: all tokens at once, through a cache.
+def network_logits(checkpoint, tokens, run, *, config=None, step=False) -> np.ndarray:
+    """Returns f32[T, W] of this project's network, through a cache.
 
     Args:
       checkpoint: from `load_gguf`.
       tokens: [T] ids.
       run: how to run it.
       config: instead of the checkpoint's.
+      step: feed one token at a time, and not all at once.
     """
     config = config or checkpoint.config
     cache = init_cache(config, run, batch=1, ctx_size=len(tokens))
-    batch = jnp.asarray(np.asarray(tokens, np.int32)[None])
-    return np.asarray(_apply()(checkpoint.params, batch, cache, config, run)[0][0])
+    batch, parts = jnp.asarray(np.asarray(tokens, np.int32)[None]), []
+    for piece in jnp.split(batch, len(tokens) if step else 1, axis=1):
+        logits, cache = _apply()(checkpoint.params, piece, cache, config, run)
+        parts.append(np.asarray(logits[0]))
+    return np.concatenate(parts)
 
 
 @functools.cache

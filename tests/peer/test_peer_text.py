@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from closeness import Closeness, network_logits
@@ -78,6 +79,19 @@ def test_peer_has_the_same_logits_on_held_out_text(mla, checkpoint, tokens, floa
     assert found.kl < MAX_KL_FLOAT32 and found.top1 >= MIN_TOP1
     assert rounded.kl < MAX_KL
     assert rounded.top1 >= min(MIN_TOP1, own.top1 - 0.005)
+
+
+@pytest.mark.parametrize("step", [False, True], ids=["prefill", "decode"])
+def test_kernels_are_as_near_to_float32_as_the_peer(step, checkpoint, tokens):
+    """Both round activations to 8 bits."""
+    run = RunConfig(mla=3)
+    exact = network_logits(checkpoint, tokens, run)
+    with jax.default_matmul_precision("default"):
+        ours = network_logits(checkpoint, tokens, run, step=step)
+    peer = ik.logits(generate.PACKAGED_MODEL, tokens, mla=3, step=step)
+    found, theirs = Closeness.of(exact, ours), Closeness.of(exact, peer)
+    print(f"to float32: kernels {found}, the peer {theirs}")
+    assert 0 < found.kl <= theirs.kl
 
 
 def test_greedy_text_is_that_of_the_other_mode_and_of_the_peer(tokens):
