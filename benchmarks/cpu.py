@@ -1,18 +1,31 @@
 """Measures prefill and decode on the CPU, this project beside ik_llama.cpp on the same file.
 
     python benchmarks/cpu.py                          # the packaged model, one core
-    python benchmarks/cpu.py --model x.gguf --cores 0,1 --out benchmarks/results/x.json
+    python benchmarks/cpu.py --models a.gguf,b.gguf --cores 0 --cores 0,1 --out benchmarks/results/x.json
 
-Each engine lives in its own process, pinned to the same cores, with a thread per core; they run in turn
-(ours, peer, ours, peer, ...) and only one works at a time. Both use mla 3, flash attention and a float16
-cache.
+The grid is models x cores x cache types x depths. Each engine lives in its own process, pinned to the same
+cores, with a thread per core; they run in turn (ours, peer, ours, peer, ...) and only one works at a time.
+Both use mla 3 and flash attention, no groups of experts, and contexts of one size. At each depth, with as
+many random tokens in the cache already:
 
-prefill  tokens of the prompt / seconds from the prompt to the first greedy token
-decode   greedy tokens after the first / their seconds, each read by the host before the next
+prefill  tokens of a prompt / seconds to the first greedy token after it
+decode   greedy tokens / their seconds, each read by the host before the next
+GB/s     what a decode step reads / its seconds, and its share of a plain read: all weights but the token
+         embedding, experts by how many are used, and the cache. A model that fits the processor's own caches
+         can exceed 100%.
 
-Loading and one whole warm-up run, which compiles, are not counted; how long the warm-up took is told. The
-prompt is of random tokens. Prints a table of medians, and as its last line one JSON object. Without the extra
-`peers` it measures this project alone and says so.
+Loading, filling the cache and a whole warm-up run at each depth, which compiles, are not counted. An engine
+that ends or gives NaN in a cell is recorded with its reason; ours is then compared with that engine's float16
+cache. Decode seconds over depth are fitted with lines, whose slopes stand beside the time to read the cache.
+Quality is KL of logits to those of float32 products by this project, with a float16 cache, of a prompt at
+once and step by step.
+
+With `--peer_bin` a native build of ik_llama.cpp is a third engine, by its own sweep benchmark (see
+`sweep_bench.py`): a sweep measures all depths at once, so sweeps are spread evenly among the runs, and their
+figures are complete when all depths are done.
+
+Prints tables of medians, and as its last line one JSON object. `--out` is written after each cell, its plot
+(by matplotlib, extra `notebooks`) at the end. Without the extra `peers` the package is left out.
 """
 
 import importlib.metadata
@@ -21,13 +34,17 @@ import os
 import pathlib
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
-import numpy as np
+import bandwidth
+import cpu_grid
+import cpu_report
+import sweep_bench
 from absl import app, flags
+from cpu_report import OURS, PEER
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "peer"))
@@ -35,14 +52,20 @@ sys.path.insert(0, str(ROOT / "tests" / "peer"))
 import ik  # noqa: E402
 
 _PACKAGED = ROOT / "mla_jax" / "models" / "python-stdlib-15m-q8_0.gguf"
-_MODEL = flags.DEFINE_string("model", str(_PACKAGED), "GGUF file; the packaged model by default.")
-_CORES = flags.DEFINE_list("cores", ["0"], "cores to run on, such as 0 or 0,1.")
-_PROMPT = flags.DEFINE_integer("prompt", 512, "tokens of the prompt.", lower_bound=2)
-_PREDICT = flags.DEFINE_integer("predict", 32, "tokens decoded after the first.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "runs of each engine.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "file to write the JSON object to as well.")
+_MODELS = flags.DEFINE_list("models", [str(_PACKAGED)], "GGUF files; the packaged model by default.")
+_CORES = flags.DEFINE_multi_string("cores", ["0"], "cores to run on, such as 0,1; may be repeated.")
+_DEPTHS = flags.DEFINE_list("depths", ["0", "2048", "8192"], "tokens in the cache before a run.")
+_CACHE_TYPES = flags.DEFINE_list("cache_types", ["f16", "q8_0"], "as ik_llama.cpp spells them.")
+_PROMPT = flags.DEFINE_integer("prompt", 512, "tokens of a prompt.", lower_bound=2)
+_PREDICT = flags.DEFINE_integer("predict", 64, "tokens to decode.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "runs of each engine in each cell.", lower_bound=1)
+_QUALITY = flags.DEFINE_integer("quality_tokens", 256, "tokens to compare; 0 for none.", lower_bound=0)
+_PEER_BIN = flags.DEFINE_string("peer_bin", None, f"folder with {sweep_bench.PROGRAM} of a native build.")
+_OUT = flags.DEFINE_string("out", None, "JSON file to write as well; its plot gets the suffix .png.")
 
 _PEER_PACKAGE = "ik-llama-cpp-python"
+_KEPT_RSS, _SPARE_RSS = 1.1, 600e6  # of the file, and bytes beside it
+_BEGAN = time.monotonic()
 
 
 def _version(package):
@@ -67,99 +90,164 @@ def _commit():
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
 
 
-def _measure(processes):
-    """Returns by engine the seconds of the warm-up, and of each run (to the first token, of the rest)."""
-    vocab_size = processes["ours"].ask("vocab_size")
-    prompt = np.random.default_rng(0).integers(3, vocab_size, _PROMPT.value).tolist()
-    request = dict(tokens=prompt, predict=_PREDICT.value + 1)
-    warm_up, runs = {}, {name: [] for name in processes}
-    for name, process in processes.items():
-        began = time.perf_counter()
-        process.ask("generate", **request)
-        warm_up[name] = time.perf_counter() - began
-    for _ in range(_REPEATS.value):
-        for name, process in processes.items():
-            answer = process.ask("generate", **request)
-            runs[name].append((answer["prompt_seconds"], answer["decode_seconds"]))
-    return warm_up, runs
-
-
-def _summarise(warm_up, runs):
-    prefill = [_PROMPT.value / prompt_seconds for prompt_seconds, _ in runs]
-    decode = [_PREDICT.value / decode_seconds for _, decode_seconds in runs]
-    rounded = lambda values: [round(value, 1) for value in values]
-    return dict(
-        prefill_tokens_per_second=round(statistics.median(prefill), 1),
-        decode_tokens_per_second=round(statistics.median(decode), 1),
-        prefill_runs=rounded(prefill),
-        decode_runs=rounded(decode),
-        warm_up_seconds=round(warm_up, 2),
-    )
-
-
-def _print_table(engines):
-    print(f"{'tokens/s':10}" + "".join(f"{name:>14}" for name in engines))
-    for part in ("prefill", "decode"):
-        values = [engine[f"{part}_tokens_per_second"] for engine in engines.values()]
-        ratio = f"   ours / peer {values[0] / values[1]:.3f}" if len(values) == 2 else ""
-        print(f"{part:10}" + "".join(f"{value:14.1f}" for value in values) + ratio)
-
-
-def _without_folder(argument):
+def _without_folders(argument):
     """Keeps where files lie on this machine out of the results."""
-    return pathlib.Path(argument).name if os.path.isabs(argument) else argument
+    flag, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    names = [pathlib.Path(part).name if os.path.isabs(part) else part for part in value.split(",")]
+    return flag + equals + ",".join(names)
 
 
-def _machine(cores):
+def _machine():
+    command = ["python", "benchmarks/cpu.py", *map(_without_folders, sys.argv[1:])]
     return dict(
         cpu=_cpu_name(),
-        cores=cores,
         load_average=round(os.getloadavg()[0], 2),
         python=platform.python_version(),
         jax=_version("jax"),
         jaxlib=_version("jaxlib"),
         ik_llama_cpp_python=_version(_PEER_PACKAGE),
         commit=_commit(),
-        command=shlex.join(["python", "benchmarks/cpu.py", *map(_without_folder, sys.argv[1:])]),
+        command=shlex.join(command),
     )
 
 
+def _read_speed(cores):
+    """Measures a plain read in another process: what this one held would count to those it starts."""
+    script = pathlib.Path(bandwidth.__file__)
+    done = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True)
+    print(f"plain read on cores {_name(cores)}: {float(done.stdout) / 1e9:.1f} GB/s", file=sys.stderr)
+    return float(done.stdout)
+
+
+def _save(result, cells):
+    """Brings the result up to date with `cells`, and the file if one was asked for."""
+    result["cells"] = cells
+    cpu_report.add_ratios_to_f16(cells)
+    result["slopes"] = cpu_report.slopes(cells, result["plain_read"])
+    if _OUT.value:
+        unfinished = pathlib.Path(_OUT.value + ".unfinished")
+        unfinished.write_text(json.dumps(result) + "\n")
+        unfinished.replace(_OUT.value)
+
+
+def _measure(result, model, cores, cache_type, settings):
+    """Adds the cells of a group to the result."""
+    done, plain_read = result["cells"], result["plain_read"][_name(cores)]
+    group = cpu_grid.Group(model, cores, cache_type, settings)
+    try:
+        for _ in group.measure():
+            _save(result, done + group.cells(plain_read))
+            _report_progress(result)
+        if (peak := group.peak_rss()) is not None:
+            bound = round(_KEPT_RSS * group.sizes["file_bytes"] + _SPARE_RSS)
+            place = dict(model=pathlib.Path(model).name, cores=cores, cache_type=cache_type)
+            result["memory"].append(place | dict(peak_rss_bytes=peak, bound_bytes=bound))
+    finally:
+        log = group.close()
+    if "llama_init_from_model" in log:
+        # the wheels are built for any x86-64 with AVX2; a native build of the peer is faster
+        result["peer_uses_avx512_vnni"] = "HAVE_FANCY_SIMD is NOT" not in log
+
+
+def _report_progress(result):
+    cell = result["cells"][-1]
+    speeds = lambda engine: [f"{engine[f'{part}_tokens_per_second']:.1f}" for part in cpu_report.PARTS]
+    found = [
+        f"{name} {engine['refuses'] if 'refuses' in engine else ' / '.join(speeds(engine))}"
+        for name, engine in cell["engines"].items()
+    ]
+    place = f"{cell['model']}, cores {_name(cell['cores'])}, {cell['cache_type']}, depth {cell['depth']}"
+    count = f"{len(result['cells'])} of {result['num_cells']}, {time.monotonic() - _BEGAN:.0f} s"
+    print(f"{count}: {place}: {', '.join(found)}", file=sys.stderr)
+
+
+def _compare(model, has_peer, folder):
+    """Yields how far the engines are from float32 products on one file, with a float16 cache."""
+    num_tokens = _QUALITY.value
+    options = dict(ctx_size=num_tokens, threads=len(os.sched_getaffinity(0)))
+    path = lambda name: str(pathlib.Path(folder) / f"{name}.npy")
+    with ik.Process(model, script=cpu_grid.SCRIPTS[OURS], **options) as ours:
+        tokens = cpu_grid.random_tokens(ours.ask("describe")["vocab_size"], num_tokens)
+        ours.ask("logits", tokens=tokens, step=False, exact=True, out=path("exact"))
+
+        def compare(process, way):
+            process.ask("logits", tokens=tokens, step=way == "step by step", out=path("found"))
+            return ours.ask("closeness", reference=path("exact"), found=path("found"))
+
+        def compare_peer(way):
+            try:
+                with ik.Process(model, **options) as peer:
+                    return compare(peer, way)
+            except RuntimeError as error:
+                return dict(refuses=cpu_report.refusal(str(error)))
+
+        for way in ("at once", "step by step"):
+            place = dict(model=pathlib.Path(model).name, tokens=num_tokens, way=way)
+            yield place | dict(engine=OURS) | compare(ours, way)
+            if has_peer:
+                yield place | dict(engine=PEER) | compare_peer(way)
+
+
+def _check_flags():
+    for model in _MODELS.value:
+        if not pathlib.Path(model).is_file():
+            raise app.UsageError(f"--models must be files, got {model}.")
+    depths = sorted({_number("depths", depth) for depth in _DEPTHS.value})
+    if _PEER_BIN.value and not (pathlib.Path(_PEER_BIN.value) / sweep_bench.PROGRAM).is_file():
+        raise app.UsageError(f"--peer_bin must have {sweep_bench.PROGRAM}, got {_PEER_BIN.value}.")
+    if _PEER_BIN.value and any(depth % _PROMPT.value for depth in depths):
+        raise app.UsageError(f"--depths must be multiples of --prompt with --peer_bin, got {depths}.")
+    choices = [sorted({_number("cores", core) for core in cores.split(",")}) for cores in _CORES.value]
+    for core in {core for cores in choices for core in cores} - os.sched_getaffinity(0):
+        raise app.UsageError(f"--cores must be cores of this process, got {core}.")
+    return tuple(depths), choices
+
+
+def _number(flag, text):
+    if not text.isdecimal():
+        raise app.UsageError(f"--{flag} must be whole numbers, got {text!r}.")
+    return int(text)
+
+
+def _name(cores):
+    return ",".join(map(str, cores))
+
+
+def _pin(cores):
+    os.sched_setaffinity(0, cores)  # the processes inherit it
+
+
 def main(argv):
-    """Runs both engines and prints what they did."""
+    """Runs the grid and prints what the engines did."""
     if len(argv) > 1:
         raise app.UsageError(f"there must be flags alone, got {argv[1]!r}.")
-    if not pathlib.Path(_MODEL.value).is_file():
-        raise app.UsageError(f"--model must be a file, got {_MODEL.value}.")
-    cores = sorted(int(core) for core in _CORES.value)
-    machine = _machine(cores)
-    os.sched_setaffinity(0, cores)  # the processes inherit it
-    scripts = {"ours": pathlib.Path(__file__).with_name("ours.py"), "ik_llama.cpp": pathlib.Path(ik.__file__)}
-    if machine["ik_llama_cpp_python"] is None:
-        del scripts["ik_llama.cpp"]
-        print(f"{_PEER_PACKAGE} is not installed (extra `peers`): this project is measured alone.")
-    settings = dict(ctx_size=_PROMPT.value + _PREDICT.value + 1, threads=len(cores))
-    processes = {name: ik.Process(_MODEL.value, script=path, **settings) for name, path in scripts.items()}
-    try:
-        warm_up, runs = _measure(processes)
-    finally:
-        for process in processes.values():
-            process.close()
-    engines = {name: _summarise(warm_up[name], runs[name]) for name in processes}
-    _print_table(engines)
-    print("Loading and the warm-up, which compiles, are left out.")
-    result = dict(model=pathlib.Path(_MODEL.value).name, prompt=_PROMPT.value, predict=_PREDICT.value)
-    result |= dict(repeats=_REPEATS.value, engines=engines, **machine)
-    if len(engines) == 2:
-        # the wheels are built for any x86-64 with AVX2; a native build of the peer is faster
-        result["peer_uses_avx512_vnni"] = "HAVE_FANCY_SIMD is NOT" not in processes["ik_llama.cpp"].log
-        ours, peer = engines.values()
-        for part in ("prefill", "decode"):
-            key = f"{part}_tokens_per_second"
-            result[f"{part}_ratio"] = round(ours[key] / peer[key], 4)
-    line = json.dumps(result)
+    depths, choices = _check_flags()
+    result = _machine()
+    has_peer = result["ik_llama_cpp_python"] is not None
+    if not has_peer:
+        print(f"{_PEER_PACKAGE} is not installed (extra `peers`): this project is measured without it.")
+    counts = dict(prompt=_PROMPT.value, predict=_PREDICT.value, repeats=_REPEATS.value)
+    settings = cpu_grid.Settings(depths=depths, has_peer=has_peer, peer_bin=_PEER_BIN.value, **counts)
+    grid = [
+        (model, cores, kind) for cores in choices for model in _MODELS.value for kind in _CACHE_TYPES.value
+    ]
+    result |= counts | dict(num_cells=len(grid) * len(depths), plain_read={})
+    result |= dict(cells=[], slopes=[], memory=[], quality=[])
+    for model, cores, cache_type in grid:
+        _pin(cores)
+        if _name(cores) not in result["plain_read"]:
+            result["plain_read"][_name(cores)] = _read_speed(cores)
+        _measure(result, model, cores, cache_type, settings)
+    _pin(max(choices, key=len))
+    for model in _MODELS.value if _QUALITY.value else ():
+        with tempfile.TemporaryDirectory() as folder:
+            result["quality"] += _compare(model, has_peer, folder)
+        print(f"quality of {pathlib.Path(model).name} is compared", file=sys.stderr)
+    _save(result, result["cells"])
+    cpu_report.print_tables(result)
     if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(line + "\n")
-    print(line)
+        cpu_report.save_plot(result, pathlib.Path(_OUT.value).with_suffix(".png"))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 _CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q8_KV": 151, "q6_0": 133, "q4_0": 2, "q4_1": 3}
 _CACHE_TYPES |= {"q5_0": 6, "q5_1": 7, "iq4_nl": 20}
 _CELLS = 256  # with flash attention the context is a whole number of these
-_LOG_TAIL = 4000
+_LOG_TAIL = 40_000  # a long trace of the stack may follow the reason
 
 
 def logits(path, tokens, *, mla=3, step=False, cache_type="f16") -> np.ndarray:
@@ -166,18 +166,24 @@ class _Engine:
     def prefill(self, tokens, start):
         """Puts tokens after the first `start` in the cache; returns the seconds to the greedy next one."""
         self._cut(start)
+        batch = self._batch(tokens, start, False)
         began = time.perf_counter()
-        self._decode(tokens, start, False)[0].argmax()
-        return time.perf_counter() - began
+        self._rows(batch, [len(tokens) - 1])[0].argmax()
+        seconds = time.perf_counter() - began
+        self.api.llama_batch_free(batch)
+        return seconds
 
     def decode(self, token, start, predict):
         """Goes on greedily from `token` after the first `start` in the cache; returns the seconds."""
         self._cut(start)
+        batch = self._batch([token], start, False)  # one for all, so that little but the peer is measured
         began = time.perf_counter()
         for position in range(start, start + predict):
-            row = self._decode([token], position, False)[0]
+            batch.token[0], batch.pos[0] = token, position
+            row = self._rows(batch, [0])[0]
             token = int(row.argmax())
         seconds = time.perf_counter() - began
+        self.api.llama_batch_free(batch)
         if np.isnan(row).any():
             sys.exit("the logits are NaN")
         return seconds
@@ -194,18 +200,27 @@ class _Engine:
         remove(self.context, 0, length, -1)
 
     def _decode(self, tokens, position, all_rows):
+        batch = self._batch(tokens, position, all_rows)
+        wanted = range(len(tokens)) if all_rows else [len(tokens) - 1]
+        rows = [row.copy() for row in self._rows(batch, wanted)]
+        self.api.llama_batch_free(batch)
+        return rows
+
+    def _batch(self, tokens, position, all_rows):
         batch = self.api.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
-        wanted = range(len(tokens)) if all_rows else [len(tokens) - 1]
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position + i, 1
-            batch.seq_id[i][0], batch.logits[i] = 0, i in wanted
+            batch.seq_id[i][0], batch.logits[i] = 0, all_rows or i == len(tokens) - 1
+        return batch
+
+    def _rows(self, batch, wanted):
+        """Returns the logits after the tokens at `wanted`, valid until the next call."""
         code = self.api.llama_decode(self.context, batch)
-        self.api.llama_batch_free(batch)
         if code:
             sys.exit(f"llama_decode failed with {code}")
         pointers = [self.api.llama_get_logits_ith(self.context, i) for i in wanted]
-        return [np.ctypeslib.as_array(pointer, (self.vocab_size,)).copy() for pointer in pointers]
+        return [np.ctypeslib.as_array(pointer, (self.vocab_size,)) for pointer in pointers]
 
 
 def serve(engine) -> None:
