@@ -184,13 +184,13 @@ def test_only_tiles_that_are_needed_are_computed():
         jax.effects_barrier()
         return len(calls)
 
-    original = moe._expert
+    original = moe.gated_ffn
 
     def counted(x, weights):
         jax.debug.callback(lambda: calls.append(1))
         return original(x, weights)
 
-    moe._expert = counted
+    moe.gated_ffn = counted
     try:
         assert run(np.int32([[3, 1, 7, 2, 9, 4]])) == 6
         assert run(np.int32([[3, 1, 7, E, E, E]])) == 3
@@ -200,7 +200,7 @@ def test_only_tiles_that_are_needed_are_computed():
         prompt[:20, 1] = E
         assert run(prompt) == 3 + 2
     finally:
-        moe._expert = original
+        moe.gated_ffn = original
 
 
 def test_the_smooth_variant_has_the_hard_one_as_its_limit_and_a_gradient():
