@@ -23,7 +23,7 @@ def _load():
     """Returns the library, and why there is none."""
     path = _find()
     if path is None:
-        return None, "it was not built: there was no C++ compiler when the package was installed"
+        return None, "there was no C++ compiler when the package was installed"
     try:
         library = ctypes.CDLL(str(path))
         for name in _HANDLERS:

@@ -58,6 +58,11 @@ ffi::Error expert_ffn(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer
   if (ffi::Error error = read_matrix(down_blocks, down_header, down_format, &down); error.failure()) return error;
   const int64_t tokens = x.dimensions()[0], size = x.dimensions()[1], per_token = ids.dimensions()[1];
   const int64_t experts = down_blocks.dimensions()[0], hidden = down.size;
+  const auto all_rows = [](const ffi::AnyBuffer& blocks) { return blocks.dimensions()[0] * blocks.dimensions()[1]; };
+  if (gate.size != size || up.size != size || down.rows != size || gate.rows < hidden || up.rows < up_first + hidden ||
+      all_rows(gate_blocks) != experts * gate.rows || all_rows(up_blocks) != experts * up.rows ||
+      ids.dimensions()[0] != tokens || weights.element_count() != ids.element_count())
+    return ffi::Error::InvalidArgument("tokens, ids, weights and experts do not fit each other");
   const Pairs pairs(ids.typed_data(), tokens * per_token, per_token, experts);
   const int64_t count = pairs.size();
   Activations &inputs = scratch(0), &middles = scratch(1);

@@ -12,6 +12,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
                   ffi::ResultBuffer<ffi::F32> out, std::string_view format) {
   Matrix matrix;
   if (ffi::Error error = read_matrix(blocks, header, format, &matrix); error.failure()) return error;
+  if (x.dimensions().back() != matrix.size) return ffi::Error::InvalidArgument("x does not fit the weight");
   const int64_t rows = matrix.rows == 0 ? 0 : out->element_count() / matrix.rows;
   Activations& activations = scratch(0);
   read_activations(pool, x.typed_data(), rows, matrix.size, !matrix.format->is_float, &activations);
@@ -30,6 +31,7 @@ ffi::Error head_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBu
   Matrix matrix;
   if (ffi::Error error = read_matrix(blocks, header, format, &matrix); error.failure()) return error;
   const int64_t tokens = x.dimensions()[0], heads = x.dimensions()[1], width = out->dimensions()[2];
+  if (x.dimensions()[2] != matrix.size) return ffi::Error::InvalidArgument("x does not fit the weight");
   Activations& activations = scratch(0);
   read_activations(pool, x.typed_data(), tokens * heads, matrix.size, !matrix.format->is_float, &activations);
   parallel_for(pool, tokens == 0 ? 0 : heads, [&](int64_t n) {

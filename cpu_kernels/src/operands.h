@@ -32,6 +32,10 @@ inline ffi::Error read_matrix(const ffi::AnyBuffer& blocks, const ffi::AnyBuffer
   const size_t per_row = format->is_float ? 1 : 2;
   if (dims.size() < per_row + 1 || (!format->is_float && dims.back() != format->bytes))
     return ffi::Error::InvalidArgument("blocks do not have the shape of format " + std::string(name));
+  int64_t rows = 1;
+  for (size_t i = 0; i + per_row < dims.size(); ++i) rows *= dims[i];
+  if (static_cast<int64_t>(header.size_bytes()) < rows * format->header_bytes)
+    return ffi::Error::InvalidArgument("headers are missing for format " + std::string(name));
   out->format = format;
   out->rows = dims[dims.size() - per_row - 1];
   out->size = format->is_float ? dims.back() : dims[dims.size() - 2] * format->block;

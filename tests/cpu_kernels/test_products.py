@@ -183,5 +183,11 @@ def test_unknown_format_and_instruction_set_are_refused():
                 jnp.ones((1, 32)), jnp.zeros((1, 1, 34), jnp.uint8), jnp.zeros((0,), jnp.uint8), format="q9_9"
             )
         )
+    with pytest.raises(jax.errors.JaxRuntimeError, match="x does not fit the weight"):
+        jax.block_until_ready(
+            cpu_kernels.matmul(
+                jnp.ones((1, 64)), jnp.zeros((1, 1, 34), jnp.uint8), jnp.zeros((0,), jnp.uint8), format="q8_0"
+            )
+        )
     with pytest.raises(ValueError, match=r"name must be one of .*generic, got 'mmx'"):
         cpu_kernels.use_instruction_set("mmx")
