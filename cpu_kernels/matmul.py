@@ -15,7 +15,7 @@ def matmul(x: jax.Array, blocks: jax.Array, header: jax.Array, *, format: str) -
       format: one of `formats`.
 
     Returns:
-      f32[..., out]. Rows are computed apart: none depends on another.
+      f32[..., out]. Rows are computed apart; from eight on they are summed in another order.
     """
     out = jax.ShapeDtypeStruct((*x.shape[:-1], blocks.shape[0]), jnp.float32)
     return _call("mla_matmul", out)(x, blocks, header, format=format)

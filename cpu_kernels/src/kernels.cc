@@ -31,14 +31,15 @@ void quantise(Activations* out, int row) {
     // A number that is not finite makes the scale so, and with it every result that the group enters.
     float check = 0;
     for (int i = 0; i < 32; ++i) check += values[i] * 0;
-    const float inverse = largest > 0 && check == 0 ? 127 / largest : 0;
+    const bool usable = check == 0 && largest > 1e-30f;  // of less the inverse may be infinite
+    const float inverse = usable ? 127 / largest : 0;
     int32_t low = 0, high = 0;
     for (int i = 0; i < 32; ++i) {
-      const int32_t code = static_cast<int32_t>(std::nearbyint(values[i] * inverse));
+      const int32_t code = static_cast<int32_t>(std::nearbyint(usable ? values[i] * inverse : 0));
       codes[32 * group + i] = static_cast<int8_t>(code);
       (i < 16 ? low : high) += code;
     }
-    scales[group] = check == 0 ? largest / 127 : check;
+    scales[group] = usable ? largest / 127 : check;
     sums16[2 * group] = scales[group] * static_cast<float>(low);
     sums16[2 * group + 1] = scales[group] * static_cast<float>(high);
     sums32[group] = scales[group] * static_cast<float>(low + high);

@@ -10,7 +10,9 @@ namespace mla {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kSplitSlots = 128;   // slots of a sequence that one task attends to
+constexpr int kSplitSlots = 128;   // slots of a sequence that one task attends to at least
+constexpr int kBlockGroups = 16;   // groups of queries of a task
+constexpr int kMaxTasks = 64;      // that split a sequence further: each keeps what it found until all are merged
 constexpr int kExpandSlots = 128;  // slots that are decompressed at a time
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
@@ -113,12 +115,13 @@ ffi::Error latent_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   const int64_t queries = call.tokens * heads;
   if (out->element_count() == 0) return ffi::Error::Success();
   std::vector<Grouped> grouped;
+  const int64_t groups = (queries + kLanes - 1) / kLanes, blocks = (groups + kBlockGroups - 1) / kBlockGroups;
   struct Task {
     int64_t sequence;
-    int begin, end;
+    int first_group, groups, begin, end;
   };
   std::vector<Task> tasks;
-  std::vector<int64_t> first_task(call.batch + 1);
+  std::vector<int64_t> first_task(call.batch * blocks + 1);
   for (int64_t b = 0; b < call.batch; ++b) {
     grouped.emplace_back(
         queries, rank + rope,
@@ -127,29 +130,41 @@ ffi::Error latent_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
           copy_strided(q_rope.typed_data() + (b * queries + i) * rope, rope, to + rank * kLanes);
         },
         [&](int64_t i) { return call.positions[b * call.tokens + i / heads]; });
-    for (int begin = 0; begin < call.length(b); begin += kSplitSlots)
-      tasks.push_back({b, begin, std::min(begin + kSplitSlots, call.length(b))});
-    first_task[b + 1] = static_cast<int64_t>(tasks.size());
+    const int length = call.length(b), splits = static_cast<int>(std::max<int64_t>(1, kMaxTasks / (call.batch * blocks)));
+    const int step = std::max(kSplitSlots, (length + splits - 1) / splits);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int first = static_cast<int>(block) * kBlockGroups;
+      const int count = std::min(kBlockGroups, static_cast<int>(groups) - first);
+      for (int begin = 0; begin < length; begin += step)
+        tasks.push_back({b, first, count, begin, std::min(begin + step, length)});
+      first_task[b * blocks + block + 1] = static_cast<int64_t>(tasks.size());
+    }
   }
-  const int64_t groups = (queries + kLanes - 1) / kLanes;
   std::vector<State> states(tasks.size());
   parallel_for(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    states[i] = State(groups, rank);
-    kernels().attend_latents(call.cache, call.pages + tasks[i].sequence * call.table, tasks[i].begin, tasks[i].end,
-                             grouped[tasks[i].sequence].view(scale), states[i].partials());
+    const Task& task = tasks[i];
+    states[i] = State(task.groups, rank);
+    Queries part = grouped[task.sequence].view(scale);
+    part.values += task.first_group * (rank + rope) * kLanes;
+    part.positions += task.first_group * kLanes;
+    part.groups = task.groups;
+    kernels().attend_latents(call.cache, call.pages + task.sequence * call.table, task.begin, task.end, part,
+                             states[i].partials());
   });
   // Merging, with m the largest score of all parts: sum of exp(top - m) * out, over sum of exp(top - m) * sum.
   parallel_for(pool, call.batch * groups, [&](int64_t task) {
-    const int64_t b = task / groups, g = task % groups;
-    for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, queries - g * kLanes); ++lane) {
-      float* result = out->typed_data() + (b * queries + g * kLanes + lane) * rank;
+    const int64_t b = task / groups, group = task % groups, g = group % kBlockGroups;
+    const int64_t begin = first_task[b * blocks + group / kBlockGroups];
+    const int64_t end = first_task[b * blocks + group / kBlockGroups + 1];
+    for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, queries - group * kLanes); ++lane) {
+      float* result = out->typed_data() + (b * queries + group * kLanes + lane) * rank;
       std::fill(result, result + rank, 0.0f);
       float top = kNothing, sum = 0;
-      for (int64_t j = first_task[b]; j < first_task[b + 1]; ++j) {
+      for (int64_t j = begin; j < end; ++j) {
         const float part = states[j].tops[g].of[lane];
         top = part > top || part != part ? part : top;
       }
-      for (int64_t j = first_task[b]; j < first_task[b + 1]; ++j) {
+      for (int64_t j = begin; j < end; ++j) {
         const State& part = states[j];
         if (part.tops[g].of[lane] == kNothing) continue;
         const float share = std::exp(part.tops[g].of[lane] - top);

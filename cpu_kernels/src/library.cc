@@ -26,7 +26,7 @@ const Kernels* available(int n) {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     found[count++] = &avx512::kernels;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))  // and so has F16C
     found[count++] = &avx2::kernels;
 #endif
   found[count++] = &generic::kernels;

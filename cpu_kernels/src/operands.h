@@ -61,6 +61,7 @@ inline void read_activations(ffi::ThreadPool& pool, const float* x, int64_t rows
 
 // Returns how many rows of `parts` matrices a task takes: enough tasks for balance, each worth its taking.
 inline int64_t rows_per_task(const Matrix& matrix, int64_t parts, int64_t threads) {
+  threads = std::max<int64_t>(threads, 1);
   const int64_t even = (matrix.rows * parts + 4 * threads - 1) / (4 * threads);
   const int64_t least = kTaskBytes / std::max<int64_t>(matrix.row_bytes, 1) + 1;
   return (std::min(std::max(even, least), std::max<int64_t>(matrix.rows, 1)) + 15) / 16 * 16;

@@ -71,6 +71,13 @@ def test_rows_do_not_depend_on_their_neighbours(name, instruction_set):
     np.testing.assert_array_equal(np.delete(spoiled, [3, 4], axis=0), np.delete(out, [3, 4], axis=0))
 
 
+def test_rows_of_nan_and_of_tiny_numbers(instruction_set):
+    arrays, _ = dispatch.operands(_weight("q8_0", 40, 64))
+    x = np.stack([np.full(64, np.nan), np.full(64, 1e-38), np.ones(64)]).astype(np.float32)
+    out = np.asarray(cpu_kernels.matmul(jnp.asarray(x), *arrays, format="q8_0"))
+    assert np.isnan(out[0]).all() and (out[1] == 0).all() and np.isfinite(out[2]).all()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_head_products_are_the_definition(name, instruction_set):
     N, stride, out, size = 3, 11, 5, _size(name, 8)
