@@ -29,7 +29,7 @@ def _load():
         for name in _HANDLERS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     except (OSError, AttributeError, RuntimeError) as error:
-        return None, f"{path} does not fit this machine or jax {jax.__version__}: {error}"
+        return None, f"{path} does not fit this machine or jax {jax.__version__} (install anew): {error}"
     for function in (library.mla_instruction_set, library.mla_available, library.mla_format):
         function.restype = ctypes.c_char_p
     library.mla_use.restype = ctypes.c_bool

@@ -29,8 +29,8 @@ def attend_expanded(q, q_rope, rows: LatentRows, up: UpProjections, positions, *
         layout = dict(key_stride=up.key_size, value_stride=V, value_first=0)
     return cpu_kernels.latent_prefill(
         jnp.concatenate([q, q_rope], axis=-1),
-        _as_rows(keys[0]),
-        _as_rows(values[0]),
+        keys[0],
+        values[0],
         **_cache(rows, positions),
         **layout,
         formats=(keys[1], values[1]),
@@ -56,12 +56,6 @@ def _to_values(o_XNR, up):
     weight, stride, first = (up.v, V, 0) if up.kv is None else (up.kv, up.key_size + V, up.key_size)
     arrays, name = dispatch.operands(weight)
     return cpu_kernels.head_matmul(o_XNR, *arrays, format=name, out=V, stride=stride, first=first)
-
-
-def _as_rows(arrays):
-    """Lets a plain weight [N, rows, R] be seen as [N * rows, R]."""
-    weight, header = arrays
-    return (weight.reshape(-1, weight.shape[-1]) if weight.dtype != jnp.uint8 else weight), header
 
 
 def _cache(rows, positions):
