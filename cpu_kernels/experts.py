@@ -1,8 +1,9 @@
 """The gated FFN of selected experts in one call."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from cpu_kernels.library import call
 
 
 def expert_ffn(
@@ -29,10 +30,7 @@ def expert_ffn(
     gate, up = ("gate_up", "gate_up") if "gate_up" in experts else ("gate", "up")
     rows = experts[gate][0].shape[1]
     up_first = rows // 2 if gate == up else 0
-    call = jax.ffi.ffi_call(
-        "mla_expert_ffn", jax.ShapeDtypeStruct(x.shape, jnp.float32), vmap_method="sequential"
-    )
-    return call(
+    return call("mla_expert_ffn", x.shape)(
         x,
         ids,
         weights,

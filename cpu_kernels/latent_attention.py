@@ -6,8 +6,9 @@ read as zeros; slots that no query sees may hold anything.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from cpu_kernels.library import call
 
 Part = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -40,11 +41,8 @@ def latent_attention(
     Returns:
       f32[B, T, N, R], weighted sums of latents.
     """
-    call = jax.ffi.ffi_call(
-        "mla_latent_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential"
-    )
     types = dict(latent_type=latent_type, rope_type=rope_type, scale=np.float32(scale))
-    return call(q, q_rope, pages, positions, *latent, *rope, **types)
+    return call("mla_latent_attention", q.shape)(q, q_rope, pages, positions, *latent, *rope, **types)
 
 
 def latent_prefill(
@@ -84,8 +82,7 @@ def latent_prefill(
     Returns:
       f32[B, T, N, V].
     """
-    out = jax.ShapeDtypeStruct((*q.shape[:-1], value_size), jnp.float32)
-    return jax.ffi.ffi_call("mla_latent_prefill", out, vmap_method="sequential")(
+    return call("mla_latent_prefill", (*q.shape[:-1], value_size))(
         q,
         *keys,
         *values,

@@ -6,6 +6,7 @@ import importlib.metadata
 import pathlib
 
 import jax
+import jax.numpy as jnp
 
 _FILE = "cpu_kernels.so"
 _HANDLERS = (
@@ -30,9 +31,8 @@ def _load():
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     except (OSError, AttributeError, RuntimeError) as error:
         return None, f"{path} does not fit this machine or jax {jax.__version__} (install anew): {error}"
-    for function in (library.mla_instruction_set, library.mla_available, library.mla_format):
+    for function in (library.mla_available, library.mla_format):
         function.restype = ctypes.c_char_p
-    library.mla_use.restype = ctypes.c_bool
     return library, ""
 
 
@@ -73,9 +73,15 @@ def use_instruction_set(name: str) -> None:
     Raises:
       ValueError: if this machine does not have it.
     """
-    if name not in instruction_sets():
-        raise ValueError(f"name must be one of {', '.join(instruction_sets())}, got {name!r}.")
-    _load()[0].mla_use(name.encode())
+    names = instruction_sets()
+    if name not in names:
+        raise ValueError(f"name must be one of {', '.join(names)}, got {name!r}.")
+    _load()[0].mla_use(names.index(name))
+
+
+def call(handler: str, shape: tuple[int, ...]):
+    """Returns what calls a handler with arrays and attributes, for f32[shape]; under vmap it loops."""
+    return jax.ffi.ffi_call(handler, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
 
 
 def _names(function):

@@ -1,8 +1,9 @@
 """Products of activations with a weight, whole or a matrix per head."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from cpu_kernels.library import call
 
 
 def matmul(x: jax.Array, blocks: jax.Array, header: jax.Array, *, format: str) -> jax.Array:
@@ -17,8 +18,7 @@ def matmul(x: jax.Array, blocks: jax.Array, header: jax.Array, *, format: str) -
     Returns:
       f32[..., out]. Rows are computed apart; from eight on they are summed in another order.
     """
-    out = jax.ShapeDtypeStruct((*x.shape[:-1], blocks.shape[0]), jnp.float32)
-    return _call("mla_matmul", out)(x, blocks, header, format=format)
+    return call("mla_matmul", (*x.shape[:-1], blocks.shape[0]))(x, blocks, header, format=format)
 
 
 def head_matmul(
@@ -38,9 +38,8 @@ def head_matmul(
     Returns:
       f32[X, N, out].
     """
-    shape = jax.ShapeDtypeStruct((*x.shape[:-1], out), jnp.float32)
     attributes = dict(format=format, stride=np.int64(stride), first=np.int64(first))
-    return _call("mla_head_matmul", shape)(x, blocks, header, **attributes)
+    return call("mla_head_matmul", (*x.shape[:-1], out))(x, blocks, header, **attributes)
 
 
 def head_transposed(
@@ -50,9 +49,5 @@ def head_transposed(
 
     Of the weight, [rows, size], head n has the `in` rows from n * stride on; else as in `head_matmul`.
     """
-    shape = jax.ShapeDtypeStruct((*x.shape[:-1], size), jnp.float32)
-    return _call("mla_head_transposed", shape)(x, blocks, header, format=format, stride=np.int64(stride))
-
-
-def _call(name, out):
-    return jax.ffi.ffi_call(name, out, vmap_method="sequential")
+    attributes = dict(format=format, stride=np.int64(stride))
+    return call("mla_head_transposed", (*x.shape[:-1], size))(x, blocks, header, **attributes)

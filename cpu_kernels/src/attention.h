@@ -30,19 +30,22 @@ inline Vector spread(float x) { return Vector{} + x; }
 
 inline Vector largest(Vector a, Vector b) { return a > b ? a : b; }
 
+// e to the x for |x| at most ln(2) / 2: seven terms of the series.
+template <class T>
+inline T exponential_of_rest(T x) {
+  const T end = 0.16666667f + x * (0.041666668f + x * (0.0083333333f + x * 0.0013888889f));
+  return 1 + x * (1 + x * (0.5f + x * end));
+}
+
 // e to the x: 2 to the whole part by its bits, times a polynomial of the rest; 2 units in the last place.
 inline float exponential(float x) {
   const float scaled = std::min(std::max(x, -87.0f), 88.0f) * 1.44269504f;
   const float whole = std::floor(scaled + 0.5f);
   const float rest = (scaled - whole) * 0.69314718f;
-  const float series =
-      1 +
-      rest * (1 + rest * (0.5f + rest * (0.16666667f +
-                                         rest * (0.041666668f + rest * (0.0083333333f + rest * 0.0013888889f)))));
   const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, 4);
-  return x == x ? series * power : x;
+  return x == x ? exponential_of_rest(rest) * power : x;
 }
 
 // The same for 16 numbers that are at most 0.
@@ -50,11 +53,7 @@ inline Vector exponentials(Vector x) {
   const Vector scaled = largest(x, spread(-87.0f)) * 1.44269504f;
   const Ints whole = __builtin_convertvector(scaled - 0.5f, Ints);  // of a number below 0: rounds to the nearest
   const Vector rest = (scaled - __builtin_convertvector(whole, Vector)) * 0.69314718f;
-  const Vector series =
-      1 +
-      rest * (1 + rest * (0.5f + rest * (0.16666667f +
-                                         rest * (0.041666668f + rest * (0.0083333333f + rest * 0.0013888889f)))));
-  const Vector result = series * reinterpret_cast<Vector>((whole + 127) << 23);
+  const Vector result = exponential_of_rest(rest) * reinterpret_cast<Vector>((whole + 127) << 23);
   return x == x ? result : x;
 }
 

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "products.h"
 
@@ -75,50 +74,41 @@ struct FloatDot {
 };
 
 // 256 columns of 16 weight rows, a column's 16 numbers beside each other.
+template <class F>
 struct FloatPanel {
   alignas(64) float columns[kChunk][kPanelRows];
+  int64_t first;  // column of the matrix
+  int count;
+
+  void fill(const Matrix& matrix, int64_t r, int rows, int chunk) {
+    first = static_cast<int64_t>(chunk) * kChunk;
+    count = static_cast<int>(std::min<int64_t>(kChunk, matrix.size - first));
+    for (int k = 0; k < kPanelRows; ++k) {
+      alignas(64) float row[kChunk];
+      F::widen(matrix.blocks + (r + std::min(k, rows - 1)) * matrix.row_bytes, first, count, row);
+      for (int c = 0; c < count; ++c) columns[c][k] = row[c];
+    }
+  }
 
   template <int kCount>
-  void multiply_tile(const Selection& x, int first, int64_t column, int count, float* sums) const {
+  void multiply_tile(const Selection& x, int place, float* sums) const {
     const float* values[kCount];
     alignas(64) float total[kCount][kPanelRows];
     for (int t = 0; t < kCount; ++t) {
-      values[t] = x.source->values_of(x.row(first + t)) + column;
-      std::memcpy(total[t], sums + (first + t) * kPanelRows, sizeof(total[t]));
+      values[t] = x.source->values_of(x.row(place + t)) + first;
+      std::memcpy(total[t], sums + (place + t) * kPanelRows, sizeof(total[t]));
     }
     for (int c = 0; c < count; ++c)
       for (int t = 0; t < kCount; ++t)
         for (int k = 0; k < kPanelRows; ++k) total[t][k] += columns[c][k] * values[t][c];
-    for (int t = 0; t < kCount; ++t) std::memcpy(sums + (first + t) * kPanelRows, total[t], sizeof(total[t]));
+    for (int t = 0; t < kCount; ++t) std::memcpy(sums + (place + t) * kPanelRows, total[t], sizeof(total[t]));
   }
 
-  void multiply(const Selection& x, int64_t column, int count, float* sums) const {
+  void multiply(const Selection& x, int, float* sums) const {
     int t = 0;
-    for (; t + 8 <= x.count; t += 8) multiply_tile<8>(x, t, column, count, sums);
-    for (; t < x.count; ++t) multiply_tile<1>(x, t, column, count, sums);
+    for (; t + 8 <= x.count; t += 8) multiply_tile<8>(x, t, sums);
+    for (; t < x.count; ++t) multiply_tile<1>(x, t, sums);
   }
 };
-
-template <class F>
-void multiply_panels_float(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out,
-                           int64_t stride) {
-  std::vector<float> sums(static_cast<size_t>(x.count) * kPanelRows);
-  FloatPanel panel;
-  for (int64_t r = begin; r < end; r += kPanelRows) {
-    const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, end - r));
-    std::fill(sums.begin(), sums.end(), 0.0f);
-    for (int64_t first = 0; first < matrix.size; first += kChunk) {
-      const int count = static_cast<int>(std::min<int64_t>(kChunk, matrix.size - first));
-      for (int k = 0; k < kPanelRows; ++k) {
-        alignas(64) float row[kChunk];
-        F::widen(matrix.blocks + (r + std::min(k, rows - 1)) * matrix.row_bytes, first, count, row);
-        for (int c = 0; c < count; ++c) panel.columns[c][k] = row[c];
-      }
-      panel.multiply(x, first, count, sums.data());
-    }
-    for (int t = 0; t < x.count; ++t)
-      std::memcpy(out + t * stride + r, sums.data() + static_cast<size_t>(t) * kPanelRows, sizeof(float) * rows);
-  }
-}
 
 }  // namespace MLA_ISA

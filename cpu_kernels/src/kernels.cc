@@ -67,18 +67,25 @@ void multiply_rows(const Matrix& matrix, int64_t begin, int64_t end, const Selec
   if (t < x.count) multiply_few<Dot, F, 1>(matrix, begin, end, x, t, out, stride);
 }
 
-// Many activations: 16 weight rows become a panel, which meets them in turn.
+// 256 columns of 16 rows of quantised weights.
 template <class F>
+struct IntegerPanel : Panel<F::kGroup> {
+  void fill(const Matrix& matrix, int64_t r, int rows, int chunk) {
+    for (int k = 0; k < kPanelRows; ++k) unpack<F>(matrix, r + std::min(k, rows - 1), chunk, this->row(k));
+    this->finish();
+  }
+};
+
+// Many activations: 16 weight rows become a panel, which meets them in turn; the last row stands for missing ones.
+template <template <class> class PanelOf, class F>
 void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
-  const int chunks = static_cast<int>((matrix.size + kChunk - 1) / kChunk);
   std::vector<float> sums(static_cast<size_t>(x.count) * kPanelRows);
-  Panel<F::kGroup> panel;
+  PanelOf<F> panel;
   for (int64_t r = begin; r < end; r += kPanelRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, end - r));
     std::fill(sums.begin(), sums.end(), 0.0f);
-    for (int c = 0; c < chunks; ++c) {
-      for (int k = 0; k < kPanelRows; ++k) unpack<F>(matrix, r + std::min(k, rows - 1), c, panel.row(k));
-      panel.finish();
+    for (int c = 0; static_cast<int64_t>(c) * kChunk < matrix.size; ++c) {
+      panel.fill(matrix, r, rows, c);
       panel.multiply(x, c, sums.data());
     }
     for (int t = 0; t < x.count; ++t)
@@ -86,18 +93,10 @@ void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Sel
   }
 }
 
-template <class F>
-void multiply_integers(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out,
-                       int64_t stride) {
-  if (x.count >= kManyActivations) return multiply_panels<F>(matrix, begin, end, x, out, stride);
-  multiply_rows<IntegerDot, F>(matrix, begin, end, x, out, stride);
-}
-
-template <class F>
-void multiply_floats(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out,
-                     int64_t stride) {
-  if (x.count >= kManyActivations) return multiply_panels_float<F>(matrix, begin, end, x, out, stride);
-  multiply_rows<FloatDot, F>(matrix, begin, end, x, out, stride);
+template <template <class, int> class Dot, template <class> class PanelOf, class F>
+void multiply(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
+  if (x.count >= kManyActivations) return multiply_panels<PanelOf, F>(matrix, begin, end, x, out, stride);
+  multiply_rows<Dot, F>(matrix, begin, end, x, out, stride);
 }
 
 template <class F>
@@ -141,12 +140,12 @@ void add(const float* x, float weight, float* out, int64_t count) {
 
 template <class F>
 constexpr mla::Format integers(const char* name, int header_bytes = 0) {
-  return {name, F::kBlock, F::kBytes, header_bytes, false, multiply_integers<F>, transposed_integers<F>};
+  return {name, F::kBlock, F::kBytes, header_bytes, false, multiply<IntegerDot, IntegerPanel, F>, transposed_integers<F>};
 }
 
 template <class F>
 constexpr mla::Format floats(const char* name) {
-  return {name, 1, F::kBytes, 0, true, multiply_floats<F>, transposed_floats<F>};
+  return {name, 1, F::kBytes, 0, true, multiply<FloatDot, FloatPanel, F>, transposed_floats<F>};
 }
 
 const mla::Format kFormats[] = {

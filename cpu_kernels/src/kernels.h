@@ -65,7 +65,8 @@ struct Partials {
   float *tops, *sums, *out;
 };
 
-// Queries in groups of 16, [groups, size of a key, 16], from a multiple of 64 bytes on; each sees the slots up to its position, [groups, 16].
+// Queries in groups of 16, [groups, size of a key, 16], from a multiple of 64 bytes on; each sees the slots up to its
+// position, [groups, 16].
 struct Queries {
   const float* values;
   const int32_t* positions;
@@ -102,7 +103,6 @@ struct Kernels {
   }
 };
 
-const Kernels& kernels();                  // those in use: the best that this machine has, unless told otherwise
-bool use_kernels(std::string_view name);  // false for an instruction set that this machine lacks
+const Kernels& kernels();  // those in use: the best that this machine has, unless told otherwise
 
 }  // namespace mla

@@ -16,8 +16,6 @@ constexpr int kMaxTasks = 64;      // that split a sequence further: each keeps 
 constexpr int kExpandSlots = 128;  // slots that are decompressed at a time
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
-using Buffers = ffi::RemainingArgs;
-
 struct Call {
   LatentCache cache;
   const int32_t* pages;      // [batch, table]
@@ -45,11 +43,14 @@ ffi::Error read_part(const ffi::AnyBuffer* arrays, std::string_view type, int64_
   return ffi::Error::Success();
 }
 
-ffi::Error read_call(const ffi::AnyBuffer* parts, const ffi::Buffer<ffi::S32>& pages,
+ffi::Error read_call(const ffi::RemainingArgs& args, const ffi::Buffer<ffi::S32>& pages,
                      const ffi::Buffer<ffi::S32>& positions, std::string_view latent_type, std::string_view rope_type,
                      int64_t rank, int64_t rope, Call* out) {
-  if (ffi::Error error = read_part(parts, latent_type, rank, &out->cache.latent); error.failure()) return error;
-  if (ffi::Error error = read_part(parts + 4, rope_type, rope, &out->cache.rope); error.failure()) return error;
+  std::vector<ffi::AnyBuffer> parts;
+  for (size_t i = 0; i < args.size(); ++i) parts.push_back(args.get<ffi::AnyBuffer>(i).value());
+  if (parts.size() != 8) return ffi::Error::InvalidArgument("a cache has two parts of four arrays");
+  if (ffi::Error error = read_part(parts.data(), latent_type, rank, &out->cache.latent); error.failure()) return error;
+  if (ffi::Error error = read_part(parts.data() + 4, rope_type, rope, &out->cache.rope); error.failure()) return error;
   out->cache.num_pages = static_cast<int>(parts[0].dimensions()[0]);
   out->cache.page_size = static_cast<int>(parts[0].dimensions()[1]);
   out->pages = pages.typed_data();
@@ -102,14 +103,12 @@ void copy_strided(const float* from, int64_t count, float* to) {
 
 // q [B, T, N, R], q_rope [B, T, N, P] -> [B, T, N, R].
 ffi::Error latent_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> q_rope,
-                            ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions, Buffers parts,
+                            ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions, ffi::RemainingArgs parts,
                             ffi::ResultBuffer<ffi::F32> out, std::string_view latent_type, std::string_view rope_type,
                             float scale) {
   const int64_t heads = q.dimensions()[2], rank = q.dimensions()[3], rope = q_rope.dimensions()[3];
-  std::vector<ffi::AnyBuffer> arrays;
-  for (size_t i = 0; i < 8; ++i) arrays.push_back(parts.get<ffi::AnyBuffer>(i).value());
   Call call;
-  if (ffi::Error error = read_call(arrays.data(), pages, positions, latent_type, rope_type, rank, rope, &call);
+  if (ffi::Error error = read_call(parts, pages, positions, latent_type, rope_type, rank, rope, &call);
       error.failure())
     return error;
   const int64_t queries = call.tokens * heads;
@@ -197,7 +196,7 @@ struct Expansion {
 // those from n * value_stride + value_first on of the second.
 ffi::Error latent_prefill(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer key_blocks,
                           ffi::AnyBuffer key_header, ffi::AnyBuffer value_blocks, ffi::AnyBuffer value_header,
-                          ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions, Buffers parts,
+                          ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions, ffi::RemainingArgs parts,
                           ffi::ResultBuffer<ffi::F32> out, std::string_view key_format, std::string_view value_format,
                           int64_t key_stride, int64_t value_stride, int64_t value_first, int64_t rope,
                           std::string_view latent_type, std::string_view rope_type, float scale) {
@@ -206,10 +205,8 @@ ffi::Error latent_prefill(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
   if (ffi::Error error = read_matrix(value_blocks, value_header, value_format, &values); error.failure()) return error;
   const int64_t heads = q.dimensions()[2], width = q.dimensions()[3], value_size = out->dimensions()[3];
   const int64_t rank = keys.size;
-  std::vector<ffi::AnyBuffer> arrays;
-  for (size_t i = 0; i < 8; ++i) arrays.push_back(parts.get<ffi::AnyBuffer>(i).value());
   Call call;
-  if (ffi::Error error = read_call(arrays.data(), pages, positions, latent_type, rope_type, rank, rope, &call);
+  if (ffi::Error error = read_call(parts, pages, positions, latent_type, rope_type, rank, rope, &call);
       error.failure())
     return error;
   if (out->element_count() == 0) return ffi::Error::Success();

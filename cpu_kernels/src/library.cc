@@ -46,25 +46,14 @@ const Kernels& kernels() {
   return *chosen;
 }
 
-bool use_kernels(std::string_view name) {
-  for (int n = 0; const Kernels* candidate = available(n); ++n)
-    if (name == candidate->name) {
-      in_use.store(candidate, std::memory_order_relaxed);
-      return true;
-    }
-  return false;
-}
-
 }  // namespace mla
-
-extern "C" const char* mla_instruction_set() { return mla::kernels().name; }
 
 extern "C" const char* mla_available(int n) {
   const mla::Kernels* found = mla::available(n);
   return found == nullptr ? nullptr : found->name;
 }
 
-extern "C" bool mla_use(const char* name) { return mla::use_kernels(name); }
+extern "C" void mla_use(int n) { mla::in_use.store(mla::available(n), std::memory_order_relaxed); }
 
 extern "C" const char* mla_format(int n) {
   const mla::Kernels& kernels = mla::kernels();

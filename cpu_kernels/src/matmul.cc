@@ -58,36 +58,22 @@ ffi::Error head_transposed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::A
   return ffi::Error::Success();
 }
 
+// The operands that all of them have.
+auto weight_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::Buffer<ffi::F32>>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Ret<ffi::Buffer<ffi::F32>>()
+      .Attr<std::string_view>("format");
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_matmul, matmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<std::string_view>("format"));
-
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_matmul, matmul, weight_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_head_matmul, head_matmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<std::string_view>("format")
-                                  .Attr<int64_t>("stride")
-                                  .Attr<int64_t>("first"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_head_transposed, head_transposed,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<std::string_view>("format")
-                                  .Attr<int64_t>("stride"));
+                              weight_binding().Attr<int64_t>("stride").Attr<int64_t>("first"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_head_transposed, head_transposed, weight_binding().Attr<int64_t>("stride"));
 
 }  // namespace mla

@@ -104,8 +104,5 @@ class SwiGLU(nn.Module):
             "down": Stored((D, F), self.out_init_scale, name="down")(),
         }
         x_XD = x.reshape(-1, D)
-        if dispatch.has_kernel(*weights.values()):
-            out = dispatch.run(x_XD, weights, cpu=_one_expert_on_cpu, default=gated_ffn)
-        else:
-            out = gated_ffn(x_XD, weights)
-        return out.reshape(x.shape)
+        ways = dict(cpu=_one_expert_on_cpu, default=gated_ffn)
+        return dispatch.run(x_XD, weights, weights=weights.values(), **ways).reshape(x.shape)

@@ -153,10 +153,8 @@ def grouped_ffn(x, ids, weights, experts, *, num_experts: int):
     Returns:
       f32[X, D].
     """
-    if dispatch.has_kernel(*experts.values()):
-        default = functools.partial(_grouped_ffn, num_experts=num_experts)
-        return dispatch.run(x, ids, weights, experts, cpu=experts_on_cpu, default=default)
-    return _grouped_ffn(x, ids, weights, experts, num_experts=num_experts)
+    ways = dict(cpu=experts_on_cpu, default=functools.partial(_grouped_ffn, num_experts=num_experts))
+    return dispatch.run(x, ids, weights, experts, weights=experts.values(), **ways)
 
 
 def _grouped_ffn(x, ids, weights, experts, *, num_experts):

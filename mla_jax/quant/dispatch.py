@@ -30,17 +30,19 @@ def operands(weight: tensor.Weight) -> tuple[tuple[jax.Array, jax.Array], str]:
     return (weight.blocks, header), weight.format
 
 
-def run(*args, cpu, default):
+def run(*args, weights=(), cpu, default):
     """Returns `cpu(*args)` where the code lowers for the CPU and kernels are wanted, else `default(*args)`.
 
     Derivatives are those of `default`, at the same arguments.
 
     Args:
       *args: pytrees of arrays: all the arrays that the functions read.
+      weights: those of `args` that must have kernels.
       cpu: the way with kernels.
       default: the same in plain JAX.
     """
-    if not cpu_kernels.available() or jax.config.jax_default_matmul_precision in _EXACT:
+    is_exact = jax.config.jax_default_matmul_precision in _EXACT
+    if not cpu_kernels.available() or is_exact or not has_kernel(*weights):
         return default(*args)
 
     @jax.custom_jvp

@@ -40,9 +40,7 @@ def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x [..., in] must fit weight [out, in], got {x.shape} and {weight.shape}.")
     x = x.astype(jnp.float32)
-    if dispatch.has_kernel(weight):
-        return dispatch.run(x, weight, cpu=_matmul_on_cpu, default=_matmul)
-    return _matmul(x, weight)
+    return dispatch.run(x, weight, weights=[weight], cpu=_matmul_on_cpu, default=_matmul)
 
 
 def _matmul_on_cpu(x, weight):
