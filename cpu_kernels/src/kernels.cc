@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "attention.h"
@@ -16,6 +17,27 @@
 namespace MLA_ISA {
 
 constexpr int kManyActivations = 8;  // from here on building panels pays
+const Ints kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// The largest of 16 numbers, and their sum.
+inline int32_t largest_of(Ints x) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    const Ints other = __builtin_shuffle(x, kLaneNumbers ^ half);
+    x = x > other ? x : other;
+  }
+  return x[0];
+}
+
+inline int32_t sum_of(Ints x) {
+  for (int half = kLanes / 2; half > 0; half /= 2) x += __builtin_shuffle(x, kLaneNumbers ^ half);
+  return x[0];
+}
+
+// To the nearest whole number, ties to the even one, of numbers up to 2 ** 21: there a float's last bit is worth 1.
+inline Ints rounded(Vector x) {
+  constexpr float kOneAndHalf = 0x1.8p23f;
+  return reinterpret_cast<Ints>(x + kOneAndHalf) - 0x4B400000;
+}
 
 void quantise(Activations* out, int row) {
   const float* x = out->values_of(row);
@@ -24,25 +46,28 @@ void quantise(Activations* out, int row) {
   float* sums32 = out->sums32.data() + static_cast<size_t>(row) * out->padded / 32;
   float* sums16 = out->sums16.data() + static_cast<size_t>(row) * out->padded / 16;
   for (int group = 0; group < out->padded / 32; ++group) {
-    float values[32] = {};
-    std::memcpy(values, x + 32 * group, sizeof(float) * std::clamp(out->size - 32 * group, 0, 32));
-    float largest = 0;
-    for (int i = 0; i < 32; ++i) largest = std::max(largest, std::fabs(values[i]));
-    // A number that is not finite makes the scale so, and with it every result that the group enters.
-    float check = 0;
-    for (int i = 0; i < 32; ++i) check += values[i] * 0;
-    const bool usable = check == 0 && largest > 1e-30f;  // of less the inverse may be infinite
+    Vector values[2] = {};
+    const int left = out->size - 32 * group;
+    if (left >= 32)
+      std::memcpy(values, x + 32 * group, sizeof(values));
+    else if (left > 0)
+      std::memcpy(values, x + 32 * group, sizeof(float) * left);
+    // Magnitudes are in the order of their bits, with infinity and NaN above all numbers.
+    const Ints first = reinterpret_cast<Ints>(values[0]) & 0x7FFFFFFF, second = reinterpret_cast<Ints>(values[1]) & 0x7FFFFFFF;
+    const int32_t largest_bits = largest_of(first > second ? first : second);
+    float largest;
+    std::memcpy(&largest, &largest_bits, 4);
+    // A number that is not finite makes the scale NaN, and with it every result that the group enters.
+    const bool finite = largest_bits < 0x7F800000, usable = finite && largest > 1e-30f;  // or 127 / it may be infinite
     const float inverse = usable ? 127 / largest : 0;
-    int32_t low = 0, high = 0;
-    for (int i = 0; i < 32; ++i) {
-      const int32_t code = static_cast<int32_t>(std::nearbyint(usable ? values[i] * inverse : 0));
-      codes[32 * group + i] = static_cast<int8_t>(code);
-      (i < 16 ? low : high) += code;
-    }
-    scales[group] = usable ? largest / 127 : check;
-    sums16[2 * group] = scales[group] * static_cast<float>(low);
-    sums16[2 * group + 1] = scales[group] * static_cast<float>(high);
-    sums32[group] = scales[group] * static_cast<float>(low + high);
+    const Ints low = finite ? rounded(values[0] * inverse) : Ints{}, high = finite ? rounded(values[1] * inverse) : Ints{};
+    for (int i = 0; i < 16; ++i) codes[32 * group + i] = static_cast<int8_t>(low[i]);
+    for (int i = 0; i < 16; ++i) codes[32 * group + 16 + i] = static_cast<int8_t>(high[i]);
+    scales[group] = usable ? largest / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
+    const float low_sum = scales[group] * static_cast<float>(sum_of(low)), high_sum = scales[group] * static_cast<float>(sum_of(high));
+    sums16[2 * group] = low_sum;
+    sums16[2 * group + 1] = high_sum;
+    sums32[group] = low_sum + high_sum;
   }
 }
 
@@ -101,19 +126,12 @@ void multiply(const Matrix& matrix, int64_t begin, int64_t end, const Selection&
 
 template <class F>
 void transposed_integers(const Matrix& matrix, int64_t begin, int count, const float* x, float* out) {
-  std::fill(out, out + matrix.size, 0.0f);
   for (int c = 0; c * kChunk < matrix.size; ++c) {
-    const int groups = static_cast<int>(std::min<int64_t>(kChunk, matrix.size - c * kChunk)) / F::kGroup;
-    float* part = out + c * kChunk;
-    for (int i = 0; i < count; ++i) {
-      Codes<F::kGroup> chunk;
-      unpack<F>(matrix, begin + i, c, &chunk);
-      for (int g = 0; g < groups; ++g) {
-        const float scale = x[i] * chunk.scales[g], offset = x[i] * chunk.offsets[g];
-        for (int j = 0; j < F::kGroup; ++j)
-          part[g * F::kGroup + j] += scale * static_cast<float>(chunk.codes[g * F::kGroup + j]) + offset;
-      }
-    }
+    ColumnSums<F> sums;
+    for (int i = 0; i < count; ++i) sums.add(matrix, begin + i, c, x[i]);
+    float all[kChunk];
+    sums.store(all);
+    std::memcpy(out + c * kChunk, all, sizeof(float) * std::min<int64_t>(kChunk, matrix.size - c * kChunk));
   }
 }
 
@@ -130,8 +148,23 @@ void transposed_floats(const Matrix& matrix, int64_t begin, int count, const flo
   }
 }
 
+inline Vector silu(Vector x) {
+  const Vector power = exponentials(x > 0 ? -x : x);  // never overflows
+  return x * (x > 0 ? Vector{} + 1 : power) / (1 + power);
+}
+
 void gate(const float* gate, float* up, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) up[i] *= gate[i] / (1 + exponential(-gate[i]));
+  Vector g = {}, u = {};
+  for (; count >= kLanes; count -= kLanes, gate += kLanes, up += kLanes) {
+    std::memcpy(&g, gate, sizeof(g));
+    std::memcpy(&u, up, sizeof(u));
+    u *= silu(g);
+    std::memcpy(up, &u, sizeof(u));
+  }
+  std::memcpy(&g, gate, sizeof(float) * count);
+  std::memcpy(&u, up, sizeof(float) * count);
+  u *= silu(g);
+  std::memcpy(up, &u, sizeof(float) * count);
 }
 
 void add(const float* x, float weight, float* out, int64_t count) {

@@ -15,6 +15,7 @@ struct Matrix {
   const Format* format;
   int64_t rows, size;
   const uint8_t* blocks;
+  const uint8_t* end;  // of the memory that may be read
   const uint8_t* header;
   int64_t row_bytes, header_bytes;
 

@@ -42,6 +42,7 @@ inline ffi::Error read_matrix(const ffi::AnyBuffer& blocks, const ffi::AnyBuffer
   out->row_bytes = format->is_float ? dims.back() * format->bytes : dims[dims.size() - 2] * dims.back();
   out->header_bytes = format->header_bytes;
   out->blocks = static_cast<const uint8_t*>(blocks.untyped_data());
+  out->end = out->blocks + blocks.size_bytes();
   out->header = static_cast<const uint8_t*>(header.untyped_data());
   return ffi::Error::Success();
 }

@@ -1,27 +1,9 @@
 // Products for AVX-512 with VNNI: `vpdpbusd` adds four products of unsigned and signed bytes in each of 16 lanes.
 #pragma once
 
-#include <type_traits>
-
 #include "registers512.h"
 
 namespace MLA_ISA {
-
-// A chunk that was unpacked to memory, seen as registers.
-template <int kGroup>
-struct Stored {
-  const Codes<kGroup>& chunk;
-
-  static auto load(const float* numbers) {
-    if constexpr (kGroup == 32)
-      return _mm256_load_ps(numbers);
-    else
-      return _mm512_load_ps(numbers);
-  }
-  auto scales() const { return load(chunk.scales); }
-  auto offsets() const { return load(chunk.offsets); }
-  __m512i codes(int i) const { return _mm512_load_si512(chunk.codes + 64 * i); }
-};
 
 // Lanes of the products of 64 weights -> number of their group within the chunk.
 template <int kGroup>
@@ -29,6 +11,10 @@ inline __m512i groups_of(int i) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return _mm512_add_epi32(_mm512_srli_epi32(lanes, kGroup == 32 ? 3 : 2), _mm512_set1_epi32(64 / kGroup * i));
 }
+
+// Zeros in place of all but the first `count`.
+inline __m256 first_of(__m256 x, int count) { return _mm256_maskz_mov_ps(static_cast<__mmask8>((1 << count) - 1), x); }
+inline __m512 first_of(__m512 x, int count) { return _mm512_maskz_mov_ps(static_cast<__mmask16>((1 << count) - 1), x); }
 
 // The running dot products of one weight row and some rows of activations.
 template <int kCount>
@@ -39,25 +25,25 @@ struct DotSums {
     for (int t = 0; t < kCount; ++t) products[t] = offsets[t] = _mm512_setzero_ps();
   }
 
-  // Adds a chunk, from registers or from memory.
+  // Adds the first `groups` of a chunk.
   template <int kGroup, class Source>
-  void add(const Source& source, const Activations& x, const int* rows, int chunk) {
-    const auto scale = source.scales();
+  void add(const Source& source, const Activations& x, const int* rows, int chunk, int groups) {
+    const auto scale = first_of(source.scales(), groups), offset = first_of(source.offsets(), groups);
     __m512 both[kCount];
     for (int t = 0; t < kCount; ++t) {
       const __m256 x_scale = _mm256_loadu_ps(x.scales_of(rows[t]) + 8 * chunk);
       if constexpr (kGroup == 32) {
         both[t] = _mm512_castps256_ps512(_mm256_mul_ps(scale, x_scale));
         const __m256 sums = _mm256_loadu_ps(x.sums32_of(rows[t]) + 8 * chunk);
-        offsets[t] = _mm512_add_ps(offsets[t], _mm512_zextps256_ps512(_mm256_mul_ps(source.offsets(), sums)));
+        offsets[t] = _mm512_add_ps(offsets[t], _mm512_zextps256_ps512(_mm256_mul_ps(offset, sums)));
       } else {
         const __m512i pairs = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
         both[t] = _mm512_mul_ps(scale, _mm512_permutexvar_ps(pairs, _mm512_castps256_ps512(x_scale)));
         const __m512 sums = _mm512_loadu_ps(x.sums16_of(rows[t]) + 16 * chunk);
-        offsets[t] = _mm512_fmadd_ps(source.offsets(), sums, offsets[t]);
+        offsets[t] = _mm512_fmadd_ps(offset, sums, offsets[t]);
       }
     }
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < (groups * kGroup + 63) / 64; ++i) {
       const __m512i codes = source.codes(i);
       for (int t = 0; t < kCount; ++t) {
         const __m512i x_codes = _mm512_loadu_si512(x.codes_of(rows[t]) + chunk * kChunk + 64 * i);
@@ -69,10 +55,21 @@ struct DotSums {
   }
 };
 
-template <class F, class = void>
-struct HasRegisters : std::false_type {};
-template <class F>
-struct HasRegisters<F, std::void_t<decltype(sizeof(Chunk<F>))>> : std::true_type {};
+// Calls f(chunk in registers, number of groups in it) for chunk `c` of row `r`, which the end of the row may cut.
+template <class F, class Use>
+inline void with_chunk(const Matrix& matrix, int64_t r, int c, const Use& f) {
+  constexpr int kBytes = kChunk / F::kBlock * F::kBytes, kGroups = kChunk / F::kGroup;
+  const uint8_t* header = matrix.header + r * matrix.header_bytes;
+  const uint8_t* blocks = matrix.blocks + r * matrix.row_bytes + static_cast<int64_t>(c) * kBytes;
+  const int64_t left = matrix.size - static_cast<int64_t>(c) * kChunk;
+  if (left >= kChunk) return f(Chunk<F>({header, blocks}, 0), kGroups);
+  alignas(64) uint8_t copy[kBytes];
+  if (matrix.end - blocks < kBytes) {  // what follows the row may be read, but not what follows the weight
+    std::memcpy(copy, blocks, matrix.end - blocks);
+    blocks = copy;
+  }
+  f(Chunk<F>({header, blocks}, 0), static_cast<int>(left) / F::kGroup);
+}
 
 template <class F, int kCount>
 struct IntegerDot {
@@ -80,22 +77,51 @@ struct IntegerDot {
   static constexpr int kAhead = 4096;  // bytes; the hardware looks ahead by itself, but within a page alone
 
   static void row(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
-    const Row row = {matrix.header + r * matrix.header_bytes, matrix.blocks + r * matrix.row_bytes};
     DotSums<kCount> sums;
-    int c = 0;
-    if constexpr (HasRegisters<F>::value)
-      for (; (c + 1) * kChunk <= matrix.size; ++c) {
-        const uint8_t* ahead = row.blocks + c * kChunkBytes + kAhead;
-        for (int line = 0; line < kChunkBytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
-        sums.template add<F::kGroup>(Chunk<F>(row, c), x, rows, c);
-      }
-    for (; c * kChunk < matrix.size; ++c) {
-      Codes<F::kGroup> chunk;
-      unpack<F>(matrix, r, c, &chunk);
-      sums.template add<F::kGroup>(Stored<F::kGroup>{chunk}, x, rows, c);
+    const uint8_t* ahead = matrix.blocks + r * matrix.row_bytes + kAhead;
+    for (int c = 0; c * kChunk < matrix.size; ++c, ahead += kChunkBytes) {
+      for (int line = 0; line < kChunkBytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_NTA);
+      with_chunk<F>(matrix, r, c, [&](const Chunk<F>& weights, int groups) {
+        sums.template add<F::kGroup>(weights, x, rows, c, groups);
+      });
     }
     for (int t = 0; t < kCount; ++t)
       out[t] = _mm512_reduce_add_ps(_mm512_add_ps(sums.products[t], sums.offsets[t]));
+  }
+};
+
+// A chunk of columns: the sums over some rows of a number times the row.
+template <class F>
+struct ColumnSums {
+  static constexpr int kVectors = kChunk / 16;
+  __m512 products[kVectors], offsets = _mm512_setzero_ps();  // offsets: a lane for each group
+
+  ColumnSums() {
+    for (int v = 0; v < kVectors; ++v) products[v] = _mm512_setzero_ps();
+  }
+  static __m512 of_vector(__m512 groups, int v) {
+    return _mm512_permutexvar_ps(_mm512_set1_epi32(16 * v / F::kGroup), groups);
+  }
+  static __m512 widen(__m256 groups) { return _mm512_zextps256_ps512(groups); }
+  static __m512 widen(__m512 groups) { return groups; }
+
+  void add(const Matrix& matrix, int64_t r, int c, float x) {
+    with_chunk<F>(matrix, r, c, [&](const Chunk<F>& weights, int groups) {
+      const __m512 scale = _mm512_mul_ps(widen(first_of(weights.scales(), groups)), _mm512_set1_ps(x));
+      offsets = _mm512_fmadd_ps(widen(first_of(weights.offsets(), groups)), _mm512_set1_ps(x), offsets);
+      for (int v = 0; v < kVectors; v += 4) {
+        alignas(64) uint8_t codes[64];
+        _mm512_store_si512(codes, weights.codes(v / 4));
+        for (int i = 0; i < 4; ++i) {
+          const __m128i packed = _mm_load_si128(reinterpret_cast<const __m128i*>(codes + 16 * i));
+          const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(packed));
+          products[v + i] = _mm512_fmadd_ps(code, of_vector(scale, v + i), products[v + i]);
+        }
+      }
+    });
+  }
+  void store(float* out) const {
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + 16 * v, _mm512_add_ps(products[v], of_vector(offsets, v)));
   }
 };
 

@@ -30,6 +30,23 @@ struct IntegerDot {
   }
 };
 
+// A chunk of columns: the sums over some rows of a number times the row.
+template <class F>
+struct ColumnSums {
+  float sums[kChunk] = {};
+
+  void add(const Matrix& matrix, int64_t r, int chunk, float x) {
+    Codes<F::kGroup> weights;
+    unpack<F>(matrix, r, chunk, &weights);
+    for (int g = 0; g < kChunk / F::kGroup; ++g) {
+      const float scale = x * weights.scales[g], offset = x * weights.offsets[g];
+      for (int i = g * F::kGroup; i < (g + 1) * F::kGroup; ++i)
+        sums[i] += scale * static_cast<float>(weights.codes[i]) + offset;
+    }
+  }
+  void store(float* out) const { std::memcpy(out, sums, sizeof(sums)); }
+};
+
 template <int kGroup>
 struct Panel {
   Codes<kGroup> rows[kPanelRows];
