@@ -3,9 +3,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -21,12 +24,69 @@ inline void relax() {
 #endif
 }
 
+// Threads of the pool that stay awake for a moment after some work: the next comes within microseconds while a model
+// runs, and waking a thread takes longer than many a product. Then they go back to the pool, and sleep.
+class Helpers {
+ public:
+  using Work = std::function<void()>;
+
+  // Has `work` done by `count` threads at most; by fewer, or by none, if they are busy elsewhere.
+  void call(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
+    const int64_t awake = std::min<int64_t>(count, awake_.load(std::memory_order_relaxed));
+    if (awake > 0) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      waiting_.assign(awake, work);  // in place of what nobody came for: who asked does all of it
+      num_waiting_.store(awake, std::memory_order_release);
+    }
+    for (int64_t i = awake; i < count; ++i) pool.Schedule([this, work] { stay(work); });
+  }
+
+ private:
+  void stay(Work work) {
+    while (work) {
+      work();
+      work = next();
+    }
+  }
+
+  Work next() {
+    constexpr auto kAwake = std::chrono::microseconds(100);
+    const auto since = std::chrono::steady_clock::now();
+    awake_.fetch_add(1);
+    Work found;
+    do {
+      for (int i = 0; i < 64 && num_waiting_.load(std::memory_order_acquire) == 0; ++i) relax();
+      if (num_waiting_.load(std::memory_order_acquire) > 0) found = take();
+    } while (!found && std::chrono::steady_clock::now() - since < kAwake);
+    awake_.fetch_sub(1);
+    return found;
+  }
+
+  Work take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (waiting_.empty()) return nullptr;
+    Work work = std::move(waiting_.back());
+    waiting_.pop_back();
+    num_waiting_.store(static_cast<int64_t>(waiting_.size()), std::memory_order_release);
+    return work;
+  }
+
+  std::atomic<int64_t> awake_{0}, num_waiting_{0};
+  std::mutex mutex_;
+  std::vector<Work> waiting_;
+};
+
+inline Helpers& helpers() {
+  static Helpers* const all = new Helpers;  // never destroyed: threads may look at it until the process has ended
+  return *all;
+}
+
 // Calls f(i) for i in [0, count), in any order and from several threads, and returns when all are done.
 // The caller takes tasks as well, so a pool that is busy, or is the caller's own, cannot hold it up for ever.
 template <class F>
 void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const F& f) {
-  const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, count - 1);
-  if (helpers <= 0) {
+  const int64_t wanted = std::min<int64_t>(pool.num_threads() - 1, count - 1);
+  if (wanted <= 0) {
     for (int64_t i = 0; i < count; ++i) f(i);
     return;
   }
@@ -41,7 +101,7 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const F& f) {
       state->done.fetch_add(1, std::memory_order_release);
     }
   };
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
+  helpers().call(pool, wanted, work);
   work();
   while (state->done.load(std::memory_order_acquire) < count) relax();
 }
