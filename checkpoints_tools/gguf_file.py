@@ -14,10 +14,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from checkpoints_tools.buffers import aligned_empty
 from checkpoints_tools.gguf_header import GGUFError, TensorInfo, read_header, shown
 from checkpoints_tools.gguf_metadata import Metadata
-
-BUFFER_ALIGNMENT = 64  # what XLA asks of a host buffer that it adopts without a copy
 
 _READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at once
 _MAX_PARTS = 99_999  # what five digits of a name count
@@ -48,7 +47,7 @@ class GGUFFile:
           size: number of bytes; None for all that follow.
 
         Returns:
-          uint8[size], its address a multiple of `BUFFER_ALIGNMENT`, so that JAX can adopt it on the CPU.
+          uint8[size], in memory that JAX can adopt on the CPU, see `buffers.aligned_empty`.
 
         Raises:
           GGUFError: if the file cannot be read, or is not the one that was opened any more.
@@ -105,13 +104,6 @@ def open_gguf(path: str | os.PathLike) -> GGUFFile:
     _check_key(first, "split.tensors.count", len(tensors))
     fields = {key: field for key, field in first.metadata.fields.items() if not key.startswith("split.")}
     return GGUFFile(path, Metadata(fields), tensors, stats)
-
-
-def aligned_empty(num_bytes: int) -> np.ndarray:
-    """Returns an unset uint8[num_bytes] whose address is a multiple of `BUFFER_ALIGNMENT`."""
-    data = np.empty(num_bytes + BUFFER_ALIGNMENT, np.uint8)
-    start = -data.ctypes.data % BUFFER_ALIGNMENT
-    return data[start : start + num_bytes]
 
 
 def _part_paths(path: str, num_parts: int) -> list[str]:

@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_tools import interleave, layout, names
+from checkpoints_tools.buffers import aligned_empty
 from checkpoints_tools.ggml_types import TYPES
-from checkpoints_tools.gguf_file import GGUFFile, TensorInfo, aligned_empty, open_gguf
+from checkpoints_tools.gguf_file import GGUFFile, TensorInfo, open_gguf
 from checkpoints_tools.gguf_metadata import Metadata
 from checkpoints_tools.model_file import check_model
 from checkpoints_tools.progress import Progress, ProgressLine

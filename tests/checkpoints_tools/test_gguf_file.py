@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from synthetic import write_deepseek2
 
-from checkpoints_tools import gguf_file, gguf_header, gguf_writer
+from checkpoints_tools import buffers, gguf_file, gguf_header, gguf_writer
 from checkpoints_tools.ggml_types import IDS, TYPES
 from checkpoints_tools.gguf_metadata import Field, Metadata
 
@@ -75,7 +75,7 @@ def test_reads_back_every_value_and_tensor(small):
     for tensor in tensors:
         info, data = file.tensors[tensor.name], file.read(tensor.name)
         assert (info.shape, info.ggml_type) == (tensor.shape, tensor.ggml_type)
-        assert data.ctypes.data % gguf_file.BUFFER_ALIGNMENT == 0
+        assert data.ctypes.data % buffers.BUFFER_ALIGNMENT == 0
         np.testing.assert_array_equal(data, tensor.data)
 
 

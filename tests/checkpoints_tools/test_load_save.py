@@ -14,7 +14,7 @@ import pytest
 from synthetic import vocabulary, write_deepseek2
 
 import checkpoints_tools
-from checkpoints_tools import gguf_file, load, names, progress, save
+from checkpoints_tools import buffers, gguf_file, load, names, progress, save
 from checkpoints_tools.ggml_types import IDS
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from mla_jax import quant
@@ -155,7 +155,7 @@ def test_split_files_are_saved_as_one(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, jnp.bfloat16])
 def test_jax_adopts_the_buffers_that_are_read_into(dtype):
-    data = gguf_file.aligned_empty(4096 + 4)[:4096]
+    data = buffers.aligned_empty(4096 + 4)[:4096]
     data[:] = 1
     adopted = jax.device_put(data.view(dtype))
     assert adopted.unsafe_buffer_pointer() == data.ctypes.data
@@ -208,7 +208,7 @@ def test_headers_are_taken_off_in_pieces(tmp_path, monkeypatch):
     assert _peak_bytes(lambda: read.append(load.read_weight(file, "a.weight"))) < 1.1 * stored.size
     np.testing.assert_array_equal(read[0].header, stored[:, :4])
     np.testing.assert_array_equal(read[0].blocks.reshape(512, -1), stored[:, 4:])
-    assert read[0].blocks.ctypes.data % gguf_file.BUFFER_ALIGNMENT == 0  # adopted, not copied
+    assert read[0].blocks.ctypes.data % buffers.BUFFER_ALIGNMENT == 0  # adopted, not copied
     some = load.read_weight(file, "a.weight", 100, 131)
     jax.tree.map(np.testing.assert_array_equal, some, read[0][100:131])
 
