@@ -15,6 +15,8 @@
 #include <arm_neon.h>
 #endif
 
+#include "kernels.h"
+
 namespace MLA_ISA {
 
 constexpr int kChunk = 256;  // weights that are unpacked at a time
@@ -43,10 +45,12 @@ inline float float_at(const uint8_t* p) {
   return value;
 }
 
-// A view of one row: the header that some formats have, and the blocks.
-struct Row {
-  const uint8_t* header;
-  const uint8_t* blocks;
+using mla::Row;
+
+// Any format whose scales are shared by so many neighbours: by the function that its matrix has for it.
+template <int kScaled>
+struct Unpacked {
+  static constexpr int kGroup = kScaled;
 };
 
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));

@@ -31,6 +31,54 @@ struct Q4_0 {
   }
 };
 
+struct Q4_1 {
+  static constexpr int kBlock = 32, kBytes = 20, kGroup = 32;
+  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
+    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
+    for (int b = 0; b < blocks; ++b, p += kBytes) {
+      scales[b] = half_at(p);
+      offsets[b] = half_at(p + 2);
+      const Bytes16 packed = load16(p + 4);
+      store16(codes + 32 * b, packed & 15);
+      store16(codes + 32 * b + 16, packed >> 4);
+    }
+  }
+};
+
+// Nibbles at p + 4, low ones first, with fifth bits at p.
+inline void unpack_fives(const uint8_t* p, uint8_t* codes) {
+  uint32_t high;
+  std::memcpy(&high, p, 4);
+  for (int i = 0; i < 16; ++i) {
+    codes[i] = (p[4 + i] & 15) | (high >> i & 1) << 4;
+    codes[16 + i] = (p[4 + i] >> 4) | (high >> (16 + i) & 1) << 4;
+  }
+}
+
+struct Q5_0 {
+  static constexpr int kBlock = 32, kBytes = 22, kGroup = 32;
+  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
+    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
+    for (int b = 0; b < blocks; ++b, p += kBytes) {
+      scales[b] = half_at(p);
+      offsets[b] = -16 * scales[b];
+      unpack_fives(p + 2, codes + 32 * b);
+    }
+  }
+};
+
+struct Q5_1 {
+  static constexpr int kBlock = 32, kBytes = 24, kGroup = 32;
+  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
+    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
+    for (int b = 0; b < blocks; ++b, p += kBytes) {
+      scales[b] = half_at(p);
+      offsets[b] = half_at(p + 2);
+      unpack_fives(p + 4, codes + 32 * b);
+    }
+  }
+};
+
 struct Q6_0 {
   static constexpr int kBlock = 32, kBytes = 26, kGroup = 32;
   static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {

@@ -173,18 +173,28 @@ void add(const float* x, float weight, float* out, int64_t count) {
 
 template <class F>
 constexpr mla::Format integers(const char* name, int header_bytes = 0) {
-  return {name, F::kBlock, F::kBytes, header_bytes, false, multiply<IntegerDot, IntegerPanel, F>, transposed_integers<F>};
+  return {name, F::kBlock, F::kBytes, header_bytes, false, multiply<IntegerDot, IntegerPanel, F>,
+          transposed_integers<F>, F::unpack};
+}
+
+// A format that is unpacked to memory first: all of them share what follows.
+template <class F>
+constexpr mla::Format unpacked(const char* name, int header_bytes = 0) {
+  using Any = Unpacked<F::kGroup>;
+  return {name, F::kBlock, F::kBytes, header_bytes, false, multiply<IntegerDot, IntegerPanel, Any>,
+          transposed_integers<Any>, F::unpack};
 }
 
 template <class F>
 constexpr mla::Format floats(const char* name) {
-  return {name, 1, F::kBytes, 0, true, multiply<FloatDot, FloatPanel, F>, transposed_floats<F>};
+  return {name, 1, F::kBytes, 0, true, multiply<FloatDot, FloatPanel, F>, transposed_floats<F>, nullptr};
 }
 
 const mla::Format kFormats[] = {
     floats<F32>("f32"),        floats<F16>("f16"),          floats<BF16>("bf16"),      integers<Q8_0>("q8_0"),
     integers<Q4_0>("q4_0"),    integers<Q6_0>("q6_0"),      integers<Q4_K>("q4_K"),    integers<Q5_K>("q5_K"),
     integers<Q6_K>("q6_K"),    integers<IQ4_NL>("iq4_nl"),  integers<IQ4_XS>("iq4_xs"), integers<IQ4_KS>("iq4_ks", 4),
+    unpacked<Q4_1>("q4_1"),    unpacked<Q5_0>("q5_0"),      unpacked<Q5_1>("q5_1"),
 };
 
 #define MLA_STRING_(x) #x

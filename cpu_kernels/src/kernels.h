@@ -27,6 +27,12 @@ struct Matrix {
   }
 };
 
+// A row of it.
+struct Row {
+  const uint8_t* header;
+  const uint8_t* blocks;
+};
+
 // Some rows of activations: `index[i]` is the row of `source` that stands at place i; null: i itself.
 struct Selection {
   const Activations* source;
@@ -45,6 +51,8 @@ struct Format {
   void (*matmul)(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride);
   // out[j] = sum over i of x[i] * weight[begin + i][j]: the transposed product, of `count` rows.
   void (*transposed)(const Matrix& matrix, int64_t begin, int count, const float* x, float* out);
+  // Unpacks blocks to memory, for those that are not unpacked in registers; see formats.h.
+  void (*unpack)(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets);
 };
 
 // One part of cached rows, [pages, slots of a page, size], in the planes of `mla_jax.cache.codec`.

@@ -29,10 +29,18 @@ struct Codes {
 };
 
 template <class F>
+constexpr bool kInRegisters = true;
+template <int kGroup>
+constexpr bool kInRegisters<Unpacked<kGroup>> = false;
+
+template <class F>
 inline void unpack(const Matrix& matrix, int64_t row, int chunk, Codes<F::kGroup>* out) {
   const Row source = {matrix.header + row * matrix.header_bytes, matrix.blocks + row * matrix.row_bytes};
   const int left = static_cast<int>(std::min<int64_t>(matrix.size - static_cast<int64_t>(chunk) * kChunk, kChunk));
-  F::unpack(source, chunk, left / F::kBlock, out->codes, out->scales, out->offsets);
+  if constexpr (kInRegisters<F>)
+    F::unpack(source, chunk, left / F::kBlock, out->codes, out->scales, out->offsets);
+  else
+    matrix.format->unpack(source, chunk, left / matrix.format->block, out->codes, out->scales, out->offsets);
   if (left < kChunk) {
     std::memset(out->codes + left, 0, kChunk - left);
     std::fill(out->scales + left / F::kGroup, out->scales + Codes<F::kGroup>::kGroups, 0.0f);

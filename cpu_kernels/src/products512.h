@@ -55,33 +55,56 @@ struct DotSums {
   }
 };
 
+// A chunk that was unpacked to memory, seen as registers.
+template <int kGroup>
+struct Stored {
+  Codes<kGroup> chunk;
+
+  static auto load(const float* numbers) {
+    if constexpr (kGroup == 32)
+      return _mm256_load_ps(numbers);
+    else
+      return _mm512_load_ps(numbers);
+  }
+  auto scales() const { return load(chunk.scales); }
+  auto offsets() const { return load(chunk.offsets); }
+  __m512i codes(int i) const { return _mm512_load_si512(chunk.codes + 64 * i); }
+};
+
 // Calls f(chunk in registers, number of groups in it) for chunk `c` of row `r`, which the end of the row may cut.
 template <class F, class Use>
 inline void with_chunk(const Matrix& matrix, int64_t r, int c, const Use& f) {
-  constexpr int kBytes = kChunk / F::kBlock * F::kBytes, kGroups = kChunk / F::kGroup;
-  const uint8_t* header = matrix.header + r * matrix.header_bytes;
-  const uint8_t* blocks = matrix.blocks + r * matrix.row_bytes + static_cast<int64_t>(c) * kBytes;
-  const int64_t left = matrix.size - static_cast<int64_t>(c) * kChunk;
-  if (left >= kChunk) return f(Chunk<F>({header, blocks}, 0), kGroups);
-  alignas(64) uint8_t copy[kBytes];
-  if (matrix.end - blocks < kBytes) {  // what follows the row may be read, but not what follows the weight
-    std::memcpy(copy, blocks, matrix.end - blocks);
-    blocks = copy;
+  const int64_t left = std::min<int64_t>(matrix.size - static_cast<int64_t>(c) * kChunk, kChunk);
+  const int groups = static_cast<int>(left) / F::kGroup;
+  if constexpr (kInRegisters<F>) {
+    constexpr int kBytes = kChunk / F::kBlock * F::kBytes;
+    const uint8_t* header = matrix.header + r * matrix.header_bytes;
+    const uint8_t* blocks = matrix.blocks + r * matrix.row_bytes + static_cast<int64_t>(c) * kBytes;
+    if (left == kChunk) return f(Chunk<F>({header, blocks}, 0), kChunk / F::kGroup);
+    alignas(64) uint8_t copy[kBytes];
+    if (matrix.end - blocks < kBytes) {  // what follows the row may be read, but not what follows the weight
+      std::memcpy(copy, blocks, matrix.end - blocks);
+      blocks = copy;
+    }
+    f(Chunk<F>({header, blocks}, 0), groups);
+  } else {
+    Stored<F::kGroup> stored;
+    unpack<F>(matrix, r, c, &stored.chunk);
+    f(stored, groups);
   }
-  f(Chunk<F>({header, blocks}, 0), static_cast<int>(left) / F::kGroup);
 }
 
 template <class F, int kCount>
 struct IntegerDot {
-  static constexpr int kChunkBytes = kChunk / F::kBlock * F::kBytes;
   static constexpr int kAhead = 4096;  // bytes; the hardware looks ahead by itself, but within a page alone
 
   static void row(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
+    const int chunk_bytes = kChunk / matrix.format->block * matrix.format->bytes;
     DotSums<kCount> sums;
     const uint8_t* ahead = matrix.blocks + r * matrix.row_bytes + kAhead;
-    for (int c = 0; c * kChunk < matrix.size; ++c, ahead += kChunkBytes) {
-      for (int line = 0; line < kChunkBytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_NTA);
-      with_chunk<F>(matrix, r, c, [&](const Chunk<F>& weights, int groups) {
+    for (int c = 0; c * kChunk < matrix.size; ++c, ahead += chunk_bytes) {
+      for (int line = 0; line < chunk_bytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_NTA);
+      with_chunk<F>(matrix, r, c, [&](const auto& weights, int groups) {
         sums.template add<F::kGroup>(weights, x, rows, c, groups);
       });
     }
@@ -106,7 +129,7 @@ struct ColumnSums {
   static __m512 widen(__m512 groups) { return groups; }
 
   void add(const Matrix& matrix, int64_t r, int c, float x) {
-    with_chunk<F>(matrix, r, c, [&](const Chunk<F>& weights, int groups) {
+    with_chunk<F>(matrix, r, c, [&](const auto& weights, int groups) {
       const __m512 scale = _mm512_mul_ps(widen(first_of(weights.scales(), groups)), _mm512_set1_ps(x));
       offsets = _mm512_fmadd_ps(widen(first_of(weights.offsets(), groups)), _mm512_set1_ps(x), offsets);
       for (int v = 0; v < kVectors; v += 4) {
