@@ -53,21 +53,22 @@ void quantise(Activations* out, int row) {
     else if (left > 0)
       std::memcpy(values, x + 32 * group, sizeof(float) * left);
     // Magnitudes are in the order of their bits, with infinity and NaN above all numbers.
-    const Ints first = reinterpret_cast<Ints>(values[0]) & 0x7FFFFFFF, second = reinterpret_cast<Ints>(values[1]) & 0x7FFFFFFF;
+    const Ints first = reinterpret_cast<Ints>(values[0]) & 0x7FFFFFFF;
+    const Ints second = reinterpret_cast<Ints>(values[1]) & 0x7FFFFFFF;
     const int32_t largest_bits = largest_of(first > second ? first : second);
     float largest;
     std::memcpy(&largest, &largest_bits, 4);
     // A number that is not finite makes the scale NaN, and with it every result that the group enters.
     const bool finite = largest_bits < 0x7F800000, usable = finite && largest > 1e-30f;  // or 127 / it may be infinite
     const float inverse = usable ? 127 / largest : 0;
-    const Ints low = finite ? rounded(values[0] * inverse) : Ints{}, high = finite ? rounded(values[1] * inverse) : Ints{};
+    const Ints low = finite ? rounded(values[0] * inverse) : Ints{};
+    const Ints high = finite ? rounded(values[1] * inverse) : Ints{};
     for (int i = 0; i < 16; ++i) codes[32 * group + i] = static_cast<int8_t>(low[i]);
     for (int i = 0; i < 16; ++i) codes[32 * group + 16 + i] = static_cast<int8_t>(high[i]);
     scales[group] = usable ? largest / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
-    const float low_sum = scales[group] * static_cast<float>(sum_of(low)), high_sum = scales[group] * static_cast<float>(sum_of(high));
-    sums16[2 * group] = low_sum;
-    sums16[2 * group + 1] = high_sum;
-    sums32[group] = low_sum + high_sum;
+    sums16[2 * group] = scales[group] * static_cast<float>(sum_of(low));
+    sums16[2 * group + 1] = scales[group] * static_cast<float>(sum_of(high));
+    sums32[group] = sums16[2 * group] + sums16[2 * group + 1];
   }
 }
 

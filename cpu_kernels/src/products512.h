@@ -144,7 +144,8 @@ struct ColumnSums {
     });
   }
   void store(float* out) const {
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + 16 * v, _mm512_add_ps(products[v], of_vector(offsets, v)));
+    for (int v = 0; v < kVectors; ++v)
+      _mm512_storeu_ps(out + 16 * v, _mm512_add_ps(products[v], of_vector(offsets, v)));
   }
 };
 

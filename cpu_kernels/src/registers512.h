@@ -27,7 +27,8 @@ inline __m512i nibbles16(const uint8_t* p, const uint8_t* q) {
   const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
   const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-  const __m512i twice = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), _mm512_castsi256_si512(both));
+  const __m512i order = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3);
+  const __m512i twice = _mm512_permutexvar_epi64(order, _mm512_castsi256_si512(both));
   const __m512i shifts = _mm512_setr_epi64(0, 0, 0x0004000400040004, 0x0004000400040004, 0, 0, 0x0004000400040004,
                                            0x0004000400040004);
   return _mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(15));
@@ -124,11 +125,14 @@ inline void six_bit_scales(const uint8_t* p, __m256* scales, __m256* offsets) {
   std::memcpy(&low, p + 4, 4);
   std::memcpy(&high, p + 8, 4);
   std::memcpy(&mixed, p + 12, 4);
-  const uint64_t scale = (low & 0x3F3F3F3F) | static_cast<uint64_t>((mixed & 0x0F0F0F0F) | (low >> 2 & 0x30303030)) << 32;
-  const uint64_t minimum = (high & 0x3F3F3F3F) | static_cast<uint64_t>((mixed >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030)) << 32;
-  *scales = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(scale))), _mm256_set1_ps(half_at(p)));
-  *offsets = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(minimum))),
-                           _mm256_set1_ps(-half_at(p + 2)));
+  const uint32_t scale_end = (mixed & 0x0F0F0F0F) | (low >> 2 & 0x30303030);
+  const uint32_t minimum_end = (mixed >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030);
+  const auto times = [](uint32_t first, uint32_t second, float factor) {
+    const __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(static_cast<uint64_t>(second) << 32 | first));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), _mm256_set1_ps(factor));
+  };
+  *scales = times(low & 0x3F3F3F3F, scale_end, half_at(p));
+  *offsets = times(high & 0x3F3F3F3F, minimum_end, -half_at(p + 2));
 }
 
 template <>
@@ -170,7 +174,8 @@ struct Chunk<Q6_0> {
     uint64_t first, second;
     std::memcpy(&first, a + 2, 8);
     std::memcpy(&second, a + 28, 8);
-    const __m512i high = _mm512_setr_epi64(first, first >> 4, first >> 2, first >> 6, second, second >> 4, second >> 2, second >> 6);
+    const __m512i both = _mm512_setr_epi64(first, first, first, first, second, second, second, second);
+    const __m512i high = _mm512_srlv_epi64(both, _mm512_setr_epi64(0, 4, 2, 6, 0, 4, 2, 6));
     const __m512i bits = _mm512_slli_epi16(_mm512_and_si512(high, _mm512_set1_epi8(3)), 4);
     return _mm512_or_si512(nibbles16(a + 10, a + 36), bits);
   }
@@ -189,7 +194,8 @@ struct Chunk<Q6_K> {
     const int half = i / 2, high_nibble = i % 2;
     const __m512i low = _mm512_loadu_si512(p + 64 * half);
     const __m512i part = _mm512_and_si512(high_nibble ? _mm512_srli_epi16(low, 4) : low, _mm512_set1_epi8(15));
-    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 128 + 32 * half)));
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 128 + 32 * half));
+    const __m512i twice = _mm512_broadcast_i64x4(packed);
     const __m512i shifts = high_nibble ? _mm512_inserti64x4(_mm512_set1_epi16(4), _mm256_set1_epi16(6), 1)
                                        : _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(2), 1);
     const __m512i bits = _mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(3));
