@@ -86,11 +86,12 @@ struct Q6_0 {
     for (int b = 0; b < blocks; ++b, p += kBytes) {
       scales[b] = half_at(p);
       offsets[b] = -32 * scales[b];
-      for (int i = 0; i < 16; ++i) {
-        const uint8_t low = p[10 + i], high = p[2 + i % 8] >> (4 * (i / 8));
-        codes[32 * b + i] = (low & 15) | (high & 3) << 4;
-        codes[32 * b + 16 + i] = (low >> 4) | (high & 12) << 2;
-      }
+      uint64_t bits[2];
+      std::memcpy(bits, p + 2, 8);
+      bits[1] = bits[0] >> 4;
+      const Bytes16 low = load16(p + 10), high = load16(reinterpret_cast<const uint8_t*>(bits));
+      store16(codes + 32 * b, (low & 15) | (high & 3) << 4);
+      store16(codes + 32 * b + 16, (low >> 4) | (high & 12) << 2);
     }
   }
 };

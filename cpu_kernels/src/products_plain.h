@@ -1,32 +1,24 @@
-// Products in plain loops, which the compiler turns into vector code.
+// Products with weights that are unpacked to memory, 256 at a time.
 #pragma once
 
-namespace MLA_ISA {
+#if defined(__AVX2__)
+#include "dots256.h"
+#else
+#include "dots_plain.h"
+#endif
 
-template <int kGroup>
-inline float dot_chunk(const Codes<kGroup>& weights, const Activations& x, int row, int chunk) {
-  const int8_t* x_codes = x.codes_of(row) + chunk * kChunk;
-  const float* x_scales = x.scales_of(row) + 8 * chunk;
-  const float* x_sums = kGroup == 32 ? x.sums32_of(row) + 8 * chunk : x.sums16_of(row) + 16 * chunk;
-  float total = 0;
-  for (int g = 0; g < kChunk / kGroup; ++g) {
-    int32_t dot = 0;
-    for (int i = 0; i < kGroup; ++i)
-      dot += static_cast<int32_t>(weights.codes[kGroup * g + i]) * static_cast<int32_t>(x_codes[kGroup * g + i]);
-    total += weights.scales[g] * x_scales[g * kGroup / 32] * static_cast<float>(dot) + weights.offsets[g] * x_sums[g];
-  }
-  return total;
-}
+namespace MLA_ISA {
 
 template <class F, int kCount>
 struct IntegerDot {
   static void row(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
     Codes<F::kGroup> weights;
-    for (int t = 0; t < kCount; ++t) out[t] = 0;
+    DotSums<kCount> sums;
     for (int c = 0; c * kChunk < matrix.size; ++c) {
       unpack<F>(matrix, r, c, &weights);
-      for (int t = 0; t < kCount; ++t) out[t] += dot_chunk<F::kGroup>(weights, x, rows[t], c);
+      sums.add(weights, x, rows, c);
     }
+    for (int t = 0; t < kCount; ++t) out[t] = sums.result(t);
   }
 };
 
@@ -54,10 +46,21 @@ struct Panel {
   Codes<kGroup>* row(int k) { return &rows[k]; }
   void finish() {}
 
+  template <int kCount>
+  void multiply_tile(const Selection& x, int first, int chunk, float* sums) const {
+    int places[kCount];
+    for (int t = 0; t < kCount; ++t) places[t] = x.row(first + t);
+    for (int k = 0; k < kPanelRows; ++k) {
+      DotSums<kCount> dots;
+      dots.add(rows[k], *x.source, places, chunk);
+      for (int t = 0; t < kCount; ++t) sums[(first + t) * kPanelRows + k] += dots.result(t);
+    }
+  }
+
   void multiply(const Selection& x, int chunk, float* sums) const {
-    for (int t = 0; t < x.count; ++t)
-      for (int k = 0; k < kPanelRows; ++k)
-        sums[t * kPanelRows + k] += dot_chunk<kGroup>(rows[k], *x.source, x.row(t), chunk);
+    int t = 0;
+    for (; t + 4 <= x.count; t += 4) multiply_tile<4>(x, t, chunk, sums);
+    for (; t < x.count; ++t) multiply_tile<1>(x, t, chunk, sums);
   }
 };
 
