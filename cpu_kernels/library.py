@@ -2,13 +2,16 @@
 
 import ctypes
 import functools
+import hashlib
 import importlib.metadata
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 
 _FILE = "cpu_kernels.so"
+_ROOT = pathlib.Path(__file__).parent
 _HANDLERS = (
     "mla_matmul",
     "mla_head_matmul",
@@ -24,26 +27,53 @@ def _load():
     """Returns the library, and why there is none."""
     path = _find()
     if path is None:
-        return None, "there was no C++ compiler when the package was installed"
+        return None, "the package is not installed, or was built without them (`pip install -v` says why)"
     try:
         library = ctypes.CDLL(str(path))
+        for function in (library.mla_available, library.mla_format, library.mla_sources):
+            function.restype = ctypes.c_char_p
+        if reason := _misfit(library):
+            return None, f"{path} was built {reason}"
         for name in _HANDLERS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     except (OSError, AttributeError, RuntimeError) as error:
-        return None, f"{path} does not fit this machine or jax {jax.__version__} (install anew): {error}"
-    for function in (library.mla_available, library.mla_format):
-        function.restype = ctypes.c_char_p
+        return None, f"{path} does not fit this package, machine or jax (install anew): {error}"
     return library, ""
 
 
 def _find():
-    beside = pathlib.Path(__file__).with_name(_FILE)
     # An editable install keeps the sources where they are and installs what it builds.
     installed = [
         pathlib.Path(distribution.locate_file(f"cpu_kernels/{_FILE}"))
         for distribution in importlib.metadata.distributions(name="mla-jax")
     ]
-    return next((path for path in (beside, *installed) if path.is_file()), None)
+    return next((path for path in (_ROOT / _FILE, *installed) if path.is_file()), None)
+
+
+def _misfit(library):
+    if (_ROOT / "src").is_dir() and library.mla_sources().decode() != _digest():
+        return f"from other sources than {_ROOT / 'src'} has now: install anew (`pip install -e .`)"
+    built, found = (library.mla_ffi_major(), library.mla_ffi_minor()), _ffi_version()
+    if built > found:  # jax would find out too late: no CPU backend would start
+        return (
+            f"for version {built[0]}.{built[1]} of XLA's FFI, and jax {jax.__version__} has "
+            f"{found[0]}.{found[1]}: install anew, or take a newer jax"
+        )
+    return ""
+
+
+def _digest():
+    """Returns the digest of the sources that CMakeLists.txt gives to the library."""
+    sources = (_ROOT / "CMakeLists.txt", *_ROOT.glob("src/*.h"), *_ROOT.glob("src/*.cc"))
+    digests = (hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(sources))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _ffi_version():
+    """Returns (major, minor) of the FFI that the installed jax understands; older ones it takes as well."""
+    header = pathlib.Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
+    major, minor = (re.search(rf"define XLA_FFI_API_{part} (\d+)", header)[1] for part in ("MAJOR", "MINOR"))
+    return int(major), int(minor)
 
 
 def available() -> bool:

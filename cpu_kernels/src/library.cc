@@ -2,16 +2,15 @@
 #include <atomic>
 
 #include "kernels.h"
+#include "xla/ffi/api/c_api.h"
 
 #define MLA_DECLARE(isa)              \
   namespace isa {                     \
   extern const mla::Kernels kernels;  \
   }
 MLA_DECLARE(generic)
-#if defined(__x86_64__)
 MLA_DECLARE(avx2)
 MLA_DECLARE(avx512)
-#endif
 
 namespace mla {
 
@@ -23,9 +22,13 @@ const Kernels* available(int n) {
   int count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
+#endif
+#if defined(MLA_HAS_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     found[count++] = &avx512::kernels;
+#endif
+#if defined(MLA_HAS_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))  // and so has F16C
     found[count++] = &avx2::kernels;
 #endif
@@ -59,3 +62,9 @@ extern "C" const char* mla_format(int n) {
   const mla::Kernels& kernels = mla::kernels();
   return n < kernels.num_formats ? kernels.formats[n].name : nullptr;
 }
+
+// MLA_SOURCES comes from CMakeLists.txt: a digest of what the library is built from.
+extern "C" const char* mla_sources() { return MLA_SOURCES; }
+
+extern "C" int mla_ffi_major() { return XLA_FFI_API_MAJOR; }
+extern "C" int mla_ffi_minor() { return XLA_FFI_API_MINOR; }
