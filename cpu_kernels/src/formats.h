@@ -54,6 +54,19 @@ struct Unpacked {
 };
 
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef uint8_t Bytes32 __attribute__((vector_size(32)));
+
+template <class V>
+inline V load(const uint8_t* p) {
+  V value;
+  std::memcpy(&value, p, sizeof(V));
+  return value;
+}
+
+template <class V>
+inline void store(uint8_t* p, V value) {
+  std::memcpy(p, &value, sizeof(V));
+}
 
 inline Bytes16 load16(const uint8_t* p) {
   Bytes16 value;

@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "float_products.h"
 #include "formats_iq4.h"
+#include "formats_iqk.h"
 #include "formats_k.h"
 #include "formats_legacy.h"
 #include "products.h"
@@ -196,6 +197,10 @@ const mla::Format kFormats[] = {
     integers<Q4_0>("q4_0"),    integers<Q6_0>("q6_0"),      integers<Q4_K>("q4_K"),    integers<Q5_K>("q5_K"),
     integers<Q6_K>("q6_K"),    integers<IQ4_NL>("iq4_nl"),  integers<IQ4_XS>("iq4_xs"), integers<IQ4_KS>("iq4_ks", 4),
     unpacked<Q4_1>("q4_1"),    unpacked<Q5_0>("q5_0"),      unpacked<Q5_1>("q5_1"),
+    unpacked<IQ2_K>("iq2_k"),         unpacked<IQ3_K>("iq3_k"),         unpacked<IQ4_K>("iq4_k"),
+    unpacked<IQ5_K>("iq5_k"),         unpacked<IQ6_K>("iq6_k"),         unpacked<IQ2_KS>("iq2_ks", 2),
+    unpacked<IQ3_KS>("iq3_ks", 2),    unpacked<IQ5_KS>("iq5_ks", 4),    unpacked<IQ4_KSS>("iq4_kss", 4),
+    unpacked<IQ2_KL>("iq2_kl", 2),
 };
 
 #define MLA_STRING_(x) #x
