@@ -32,6 +32,12 @@ inline Ints16 nibbles_at(const uint8_t* p) {
 // 8 numbers of 4 bits: the low ones of 4 bytes, then the high ones.
 inline Ints8 nibble_planes_at(const uint8_t* p) { return word32(p) >> (kPlaces8 % 4 * 8 + kPlaces8 / 4 * 4) & 15; }
 
+// 8 bytes.
+inline Ints8 bytes_at(const uint8_t* p) {
+  const Ints8 words = kPlaces8 < 4 ? Ints8{} + word32(p) : Ints8{} + word32(p + 4);
+  return words >> 8 * (kPlaces8 % 4) & 255;
+}
+
 // Stores scales and offsets of runs, of which some have levels that lie higher: their `versions` are 1, not 0.
 template <int kRuns>
 inline void scale_runs(float scale, typename PerRun<kRuns>::Ints numbers, typename PerRun<kRuns>::Ints versions,
@@ -53,8 +59,7 @@ inline void scale_runs_of_6_bits(const uint8_t* p, int higher, int zero, float* 
 // Scales of 7 bits of a byte, the lowest bit telling the version of the levels.
 inline void scale_runs_by_bytes(float scale, const uint8_t* bytes, int higher, int zero, float* scales,
                                 float* offsets) {
-  const Ints8 words = kPlaces8 < 4 ? Ints8{} + word32(bytes) : Ints8{} + word32(bytes + 4);
-  const Ints8 numbers = words >> 8 * (kPlaces8 % 4);
+  const Ints8 numbers = bytes_at(bytes);
   scale_runs<8>(scale, (numbers & 254) - 127, numbers & 1, higher, zero, scales, offsets);
 }
 
@@ -69,6 +74,10 @@ inline Bytes32 join(Bytes16 first, Bytes16 second) {
   return both;
 #endif
 }
+
+// Of two vectors, byte by byte: half of the pairs, the others are 16 places further.
+constexpr Bytes32 kPairs = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                            8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 
 // Returns levels[indices[i]] for 32 indices below 16.
 inline Bytes32 look_up(Bytes16 levels, Bytes32 indices) {
@@ -175,8 +184,6 @@ struct IQ2_KL {
     const uint8_t* p = row.blocks + chunk * kBytes;
     const Ints8 high_bits = word16(p) >> 2 * kPlaces8 & 3;
     scale_runs<8>(half_at(row.header), nibble_planes_at(p + 2) + 16 * high_bits - 32, Ints8{}, 0, 63, scales, offsets);
-    constexpr Bytes32 kPairs = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const Bytes16 high = load16(p + 70);
     for (int b = 0; b < 8; b += 2) {
       const Bytes16 packed = load16(p + 6 + 8 * b);

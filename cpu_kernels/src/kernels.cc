@@ -13,6 +13,7 @@
 #include "formats_iqk.h"
 #include "formats_k.h"
 #include "formats_legacy.h"
+#include "formats_trellis.h"
 #include "products.h"
 
 namespace MLA_ISA {
@@ -200,7 +201,8 @@ const mla::Format kFormats[] = {
     unpacked<IQ2_K>("iq2_k"),         unpacked<IQ3_K>("iq3_k"),         unpacked<IQ4_K>("iq4_k"),
     unpacked<IQ5_K>("iq5_k"),         unpacked<IQ6_K>("iq6_k"),         unpacked<IQ2_KS>("iq2_ks", 2),
     unpacked<IQ3_KS>("iq3_ks", 2),    unpacked<IQ5_KS>("iq5_ks", 4),    unpacked<IQ4_KSS>("iq4_kss", 4),
-    unpacked<IQ2_KL>("iq2_kl", 2),
+    unpacked<IQ2_KL>("iq2_kl", 2),    unpacked<IQ1_KT>("iq1_kt", 4),    unpacked<IQ2_KT>("iq2_kt", 4),
+    unpacked<IQ3_KT>("iq3_kt", 4),    unpacked<IQ4_KT>("iq4_kt", 4),
 };
 
 #define MLA_STRING_(x) #x
