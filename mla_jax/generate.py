@@ -1,5 +1,6 @@
 """From a prompt to text on the host: `Model` holds the weights, the cache and the loop over `steps`."""
 
+import collections
 import dataclasses
 import functools
 import operator
@@ -27,6 +28,7 @@ PACKAGED_MODEL = pathlib.Path(__file__).parent / "models" / "python-stdlib-15m-q
 DEFAULT_CTX_SIZE = 8192
 DEFAULT_UBATCH = 512
 _CTX_SIZE_UPPER = 2**31 - 256  # positions are int32, and the cache is rounded up to 256 slots
+_SMOOTH_SECONDS = 0.05  # that a stream may stand still for: 20 times a second looks like flowing
 
 
 class Model:
@@ -65,6 +67,7 @@ class Model:
         self.ctx_size, self.timings = ctx_size, Timings()
         self.expert_reduction = reduction_lib.per_layer(config, None)
         self.tokenizer = tokenizer.Tokenizer(vocabulary)
+        self._eog_ids = np.asarray(sorted(self.tokenizer.eog_ids), np.int32)
         self._ubatch = min(ubatch, ctx_size)
         self._cache: Cache | None = None
         self._cached_tokens: list[int] = []
@@ -89,7 +92,7 @@ class Model:
         expert_reduction: reduction_lib.Setting | None = None,
         **sampling,
     ) -> Iterator[Piece]:
-        """Yields the continuation of `prompt` as it is drawn.
+        """Yields the continuation of `prompt` as it is drawn, at most 0.05 s or one token late.
 
         There is one cache: the next request ends this stream, which then raises if it is read on.
 
@@ -214,38 +217,53 @@ class Model:
 
     def _stream(self, ids, max_tokens, sampling, settings, reuse_prefix):
         self._num_requests += 1
-        request = self._num_requests
         self.timings = Timings(prompt_tokens=len(ids))
         began = time.perf_counter()
         self._prefill(ids, settings, reuse_prefix)
+        decoder = tokenizer.StreamDecoder(self.tokenizer)
+        room = self.ctx_size - len(ids) + 1  # the last token that is drawn needs no slot
+        limit = min(max_tokens, room) if max_tokens > 0 else room
+        for count, (token, seconds) in enumerate(self._draw(ids, limit, sampling), start=1):
+            if count == 1:
+                self.timings.prompt_seconds = time.perf_counter() - began
+            else:
+                self.timings.decode_seconds += seconds
+            self.timings.decoded_tokens = count - 1
+            reason = None
+            if token in self.tokenizer.eog_ids:
+                reason = "stop"
+            elif count == limit:
+                reason = "length"
+            text = "" if reason == "stop" else decoder.feed(token)
+            yield Piece(token=token, text=text + (decoder.flush() if reason else ""), finish_reason=reason)
+            if reason:
+                return
+
+    def _draw(self, ids, limit, sampling):
+        """Yields `limit` tokens, fewer if one ends the text, and the seconds that each took.
+
+        Tokens are drawn ahead of the reader. `_cached_tokens` has what step by step would be in the cache at
+        each token; rows after those are dead, since a request sets the length of the cache when it begins.
+        """
+        request = self._num_requests
         tail = ids[:-1][-sampler.NUM_RECENT :]
         recent = np.full((1, sampler.NUM_RECENT), -1, np.int32)
         recent[0, sampler.NUM_RECENT - len(tail) :] = tail
-        newest = ids[-1]
-        decoder = tokenizer.StreamDecoder(self.tokenizer)
-        drawn = 0
-        while True:
+        newest, num_steps, ahead = ids[-1], 1, collections.deque()
+        for left in range(limit, 0, -1):
             if request != self._num_requests:
                 raise ValueError(
                     "a stream must be read before the next request of its model, which has begun."
                 )
-            newest, recent = self._decode(newest, recent, sampling)
-            seconds, drawn = time.perf_counter() - began, drawn + 1
-            if drawn == 1:
-                self.timings.prompt_seconds = seconds
-            else:
-                self.timings.decode_seconds += seconds
-            self.timings.decoded_tokens = drawn - 1
-            reason = None
-            if newest in self.tokenizer.eog_ids:
-                reason = "stop"
-            elif drawn == max_tokens or len(self._cached_tokens) == self.ctx_size:
-                reason = "length"
-            text = "" if reason == "stop" else decoder.feed(newest)
-            yield Piece(token=newest, text=text + (decoder.flush() if reason else ""), finish_reason=reason)
-            began = time.perf_counter()  # what the reader of the stream does meanwhile does not count
-            if reason:
-                return
+            if not ahead:
+                began = time.perf_counter()
+                drawn, recent = self._decode(newest, recent, sampling, min(num_steps, left))
+                seconds = (time.perf_counter() - began) / len(drawn)
+                num_steps = steps.within(_SMOOTH_SECONDS, seconds)
+                ahead.extend(drawn)
+            self._cached_tokens.append(newest)
+            newest = ahead.popleft()
+            yield newest, seconds
 
     def _prefill(self, ids, settings, reuse_prefix):
         """Brings the cache to hold all of `ids` but the last, which `_decode` takes."""
@@ -277,23 +295,24 @@ class Model:
     def _reduction(self):
         return None if self.config.moe is None else reduction_lib.arrays(self._settings)
 
-    def _decode(self, token, recent, sampling):
-        cache, cached = self._cache, self._cached_tokens
+    def _decode(self, token, recent, sampling, num_steps):
+        cache = self._cache
         self._cache = None  # donated: after a step that failed the next request starts anew
-        tokens, recent, cache = steps.decode(
+        drawn, taken, recent, cache = steps.decode(
             self.params,
             np.asarray([token], np.int32),
             recent,
             cache,
             sampling,
+            np.int32(num_steps),
+            self._eog_ids,
             reduction=self._reduction,
             config=self.config,
             run=self.run,
         )
-        drawn = int(tokens[0])
-        cached.append(token)
+        drawn, taken = jax.device_get((drawn, taken))  # waits, and raises what failed
         self._cache = cache
-        return drawn, recent
+        return drawn[0, :taken].tolist(), recent
 
 
 def _common_prefix(a, b):

@@ -1,7 +1,7 @@
 """The jit boundary: what runs on the device between two looks of the host.
 
 A prompt goes in by `prefill`, all but its last token; `decode` takes one token per sequence and draws the
-next. So the logits of a prompt are never formed, and sampling is compiled once.
+next ones. So the logits of a prompt are never formed, and sampling is compiled once.
 """
 
 import functools
@@ -21,6 +21,7 @@ from mla_jax.nn.moe import ExpertReduction
 from mla_jax.nn.transformer import Transformer
 
 _SMALLEST_BUCKET = 32
+MAX_STEPS = 32  # of one `decode`
 
 
 def buckets(ubatch: int) -> tuple[int, ...]:
@@ -40,6 +41,11 @@ def split_prompt(num_tokens: int, ubatch: int) -> list[tuple[int, int]]:
     if rest:
         pieces.append((rest, next(size for size in buckets(ubatch) if size >= rest)))
     return pieces
+
+
+def within(limit: float, seconds: float) -> int:
+    """Returns how many steps of `seconds` each fit `limit` seconds: at least 1, at most `MAX_STEPS`."""
+    return int(min(max(limit // seconds, 1), MAX_STEPS))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run"), donate_argnames="cache")
@@ -102,32 +108,59 @@ def decode(
     recent: jax.Array,
     cache: Cache,
     sampling: sampler.SamplingState,
+    num_steps: jax.Array,
+    eog_ids: jax.Array,
     pages: jax.Array | None = None,
     reduction: ExpertReduction | None = None,
     *,
     config: ModelConfig,
     run: RunConfig,
 ):
-    """Appends one token per sequence and draws the next.
+    """Takes steps, each of which appends one token per sequence and draws the next.
+
+    It stops early once every sequence has drawn an end-of-generation token in this call. Until then sequences
+    that have drawn one go on like the others: what they draw after it is to be thrown away.
 
     Args:
       params: nested dict of weights.
       tokens: i32[B] newest token of each sequence.
       recent: i32[B, 64] tokens before it that penalties look at, newest last, -1 for none.
-      cache: rows of all tokens before.
+      cache: rows of all tokens before, with room for `num_steps` more.
       sampling: how to draw, a value per sequence.
+      num_steps: i32 how many steps to take, at most `MAX_STEPS`; other values do not recompile.
+      eog_ids: i32[n] end-of-generation tokens, -1 for none.
       pages: i32[B, M] pages of each sequence in a paged cache, None for a contiguous one.
       reduction: which experts to leave out, of each sequence; None for none.
       config: the model.
       run: how it is run.
 
     Returns:
-      next tokens i32[B], `recent` with `tokens` in it, and the cache with `tokens` appended.
+      tokens drawn i32[B, MAX_STEPS], -1 after the last step; how many steps were taken, i32; and `recent` and
+      the cache with all tokens in them but those that the last step drew.
     """
-    recent = jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
-    inputs = tokens[:, None], cache, None, pages, reduction
-    logits, cache = Transformer(config, run).apply({"params": params}, *inputs)
-    return sampler.sample(logits[:, 0], recent, cache.length, sampling), recent, cache
+    transformer = Transformer(config, run)
+
+    def goes_on(carry):
+        step, has_ended = carry[0], carry[1]
+        return (step < jnp.minimum(num_steps, MAX_STEPS)) & ~jnp.all(has_ended)
+
+    def take(carry):
+        step, has_ended, tokens, drawn, recent, cache = carry
+        # Else XLA sees that weights decode alike in every step, and holds them all decoded during the loop.
+        weights, step = jax.lax.optimization_barrier((params, step))
+        recent = jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
+        inputs = tokens[:, None], cache, None, pages, reduction
+        logits, cache = transformer.apply({"params": weights}, *inputs)
+        tokens = sampler.sample(logits[:, 0], recent, cache.length, sampling)
+        has_ended |= jnp.any(tokens[:, None] == eog_ids[None], axis=1)
+        drawn = jax.lax.dynamic_update_slice_in_dim(drawn, tokens[:, None], step, axis=1)
+        return step + 1, has_ended, tokens, drawn, recent, cache
+
+    B = tokens.shape[0]
+    drawn = jnp.full((B, MAX_STEPS), -1, jnp.int32)
+    start = jnp.int32(0), jnp.zeros((B,), bool), tokens, drawn, recent, cache
+    step, _, _, drawn, recent, cache = jax.lax.while_loop(goes_on, take, start)
+    return drawn, step, recent, cache
 
 
 copy_pages = jax.jit(cache_lib.copy_pages, donate_argnames="cache")

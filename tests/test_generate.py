@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -85,8 +86,15 @@ def calls(monkeypatch):
         monkeypatch.setattr(steps, name, step)
 
     spy("prefill", lambda args: int(args[1][0]))
-    spy("decode", lambda args: 1)
+    spy("decode", lambda args: int(args[4]))
     return recorded
+
+
+@pytest.fixture(params=[1, 2, 7, 32])
+def chunk(request, monkeypatch):
+    """Steps that are taken at a time, after the first."""
+    monkeypatch.setattr(steps, "within", lambda limit, seconds: request.param)
+    return request.param
 
 
 def test_greedy_equals_a_loop_without_cache(model, expected):
@@ -105,6 +113,96 @@ def test_chunks_of_the_prompt_change_nothing(new_model, expected, ubatch):
 @pytest.mark.parametrize("mla", [0, 1, 2, 3])
 def test_modes_agree(new_model, expected, mla, flash):
     assert new_model(mla=mla, flash=flash).generate(PROMPT, max_tokens=24, **GREEDY).tokens == expected
+
+
+def test_steps_at_a_time_change_nothing(model, expected, calls, chunk):
+    assert model.generate(PROMPT, max_tokens=24, **GREEDY).tokens == expected
+    counts = [count for name, count, _ in calls if name == "decode"]
+    assert counts[:2] == [1, min(chunk, 23)] and sum(counts) == 24 and max(counts) <= chunk
+
+
+def test_steps_at_a_time_draw_alike(model, monkeypatch):
+    draws = []
+    for count in (1, 2, 7, 32):
+        monkeypatch.setattr(steps, "within", lambda limit, seconds, count=count: count)
+        settings = dict(repeat_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5, seed=5)
+        draws.append(model.generate(PROMPT, max_tokens=40, **settings, **WILD).tokens)
+    assert draws == [draws[0]] * 4 and len(set(draws[0])) > 20
+
+
+def _state(model):
+    """Returns the tokens in the cache, and the rows of those tokens."""
+    num_tokens = len(model._cached_tokens)
+    rows = [np.asarray(leaf)[0, :num_tokens] for leaf in jax.tree.leaves(model._cache.layers)]
+    return list(model._cached_tokens), [part.tobytes() for part in rows]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 15, 16])
+def test_max_tokens_at_the_border_of_steps(new_model, expected, calls, chunk, count):
+    model = new_model()
+    assert model.generate(PROMPT, max_tokens=count, **GREEDY).tokens == expected[:count]
+    assert sum(steps for name, steps, _ in calls if name == "decode") == count
+    assert model._cached_tokens == [*PROMPT, *expected[: count - 1]]
+    assert int(model._cache.length[0]) == len(model._cached_tokens)
+
+
+def test_an_end_amid_steps_leaves_the_cache_as_step_by_step(checkpoint, new_model, expected, monkeypatch):
+    vocabulary = tokenizer.Vocabulary.from_metadata(checkpoint.metadata)
+    place = next(i for i in range(4, 24) if expected[i] not in expected[:i])
+    states = []
+    for count in (1, 32):
+        monkeypatch.setattr(steps, "within", lambda limit, seconds, count=count: count)
+        model = new_model(vocabulary=dataclasses.replace(vocabulary, eos_id=expected[place]))
+        assert model.generate(PROMPT, max_tokens=24, **GREEDY).finish_reason == "stop"
+        assert int(model._cache.length[0]) == len(PROMPT) + place
+        states.append(_state(model))
+    assert states[0] == states[1] and states[0][0] == [*PROMPT, *expected[:place]]
+
+
+@pytest.mark.parametrize("read", [1, 2, 4, 9])
+def test_a_reader_amid_steps_finds_the_cache_of_what_it_read(new_model, expected, tmp_path, chunk, read):
+    model, stepped = new_model(), new_model()
+    stream = model.stream_generate(PROMPT, **GREEDY)
+    assert [piece.token for piece in itertools.islice(stream, read)] == list(expected[:read])
+    assert model.timings.decoded_tokens == read - 1
+    stepped.generate(PROMPT, max_tokens=read, **GREEDY)
+    assert _state(model) == _state(stepped)
+    model.save_cache(tmp_path / "a")
+    stepped.load_cache(tmp_path / "a")
+    assert _state(model) == _state(stepped)
+    assert [piece.token for piece in itertools.islice(stream, 24 - read)] == list(expected[read:])
+
+
+@pytest.mark.parametrize("read", [1, 3, 8])
+def test_a_prefix_is_reused_after_a_reader_that_stopped_amid_steps(new_model, expected, chunk, read):
+    model = new_model()
+    list(itertools.islice(model.stream_generate(PROMPT, seed=0, **WILD), read))
+    drawn = model._cached_tokens[len(PROMPT) :]
+    assert len(drawn) == read - 1
+    prompt = [*PROMPT, *drawn, 5, 6]
+    again = model.generate(prompt, max_tokens=12, reuse_prefix=True, **GREEDY).tokens
+    assert model.timings.cached_tokens == len(PROMPT) + read - 1
+    assert again == model.generate(prompt, max_tokens=12, **GREEDY).tokens
+
+
+@pytest.mark.parametrize(("seconds", "counts"), [(0.0105, [1, 4, 4, 4, 2]), (1.0, [1] * 15)])
+def test_steps_fit_a_twentieth_of_a_second_and_readers_take_their_time(
+    model, monkeypatch, calls, seconds, counts
+):
+    clock, decode = [0.0], steps.decode
+
+    def pass_time(*args, **kwargs):
+        clock[0] += seconds * int(args[5])
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(steps, "decode", pass_time)
+    monkeypatch.setattr(generate, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    for count, _ in enumerate(model.stream_generate(PROMPT, max_tokens=15, **GREEDY)):
+        clock[0] += 100.0
+        assert model.timings.prompt_seconds == pytest.approx(seconds)
+        assert model.timings.decode_seconds == pytest.approx(count * seconds)
+        assert model.timings.decoded_tokens == count
+    assert [count for name, count, _ in calls if name == "decode"] == counts
 
 
 def test_seed_decides_the_text(model):
@@ -145,8 +243,8 @@ def test_a_text_prompt_is_encoded_with_its_special_tokens(model):
     assert from_text.text == model.tokenizer.decode(from_text.tokens)
 
 
-@pytest.mark.parametrize("length", [1, 2, CTX - 1, CTX])
-def test_stops_where_the_context_is_full(model, calls, length):
+@pytest.mark.parametrize("length", [1, 2, CTX - 8, CTX - 7, CTX - 6, CTX - 1, CTX])
+def test_stops_where_the_context_is_full(model, calls, chunk, length):
     prompt = (PROMPT * 4)[:length]
     completion = model.generate(prompt, max_tokens=-1, seed=1, **WILD)
     assert completion.finish_reason == "length"
@@ -275,11 +373,11 @@ def test_a_request_after_an_abandoned_stream(new_model, expected, reuse_prefix):
     assert model.generate(PROMPT, max_tokens=24, reuse_prefix=reuse_prefix, **GREEDY).tokens == expected
 
 
-def test_two_streams_cannot_share_the_cache(new_model, expected):
+def test_two_streams_cannot_share_the_cache(new_model, expected, chunk):
     model = new_model()
     first = model.stream_generate(PROMPT, **GREEDY)
     second = model.stream_generate(PROMPT, max_tokens=24, **GREEDY)
-    assert next(first).token == expected[0]
+    assert [next(first).token for _ in range(3)] == list(expected[:3])
     assert next(second).token == expected[0]
     with pytest.raises(ValueError, match="before the next request of its model"):
         next(first)
