@@ -169,7 +169,9 @@ def test_no_step_and_too_many(params):
     assert drawn.shape == (2, 0)
     np.testing.assert_array_equal(recent, -1)
     np.testing.assert_array_equal(cache.length, LENGTHS)
-    assert _decode(params, [0.0, 0.0], num_steps=steps.MAX_STEPS + 5)[0].shape == (2, steps.MAX_STEPS)
+    drawn, _, cache = _decode(params, [0.0, 0.0], num_steps=steps.MAX_STEPS + 5)
+    assert drawn.shape == (2, steps.MAX_STEPS)
+    np.testing.assert_array_equal(cache.length, LENGTHS + steps.MAX_STEPS)
 
 
 @pytest.mark.parametrize(
