@@ -7,7 +7,14 @@ package; who calls an op has asked it.
 
 from cpu_kernels.experts import expert_ffn
 from cpu_kernels.latent_attention import latent_attention, latent_prefill
-from cpu_kernels.library import available, formats, instruction_sets, unavailable_because, use_instruction_set
+from cpu_kernels.library import (
+    available,
+    formats,
+    instruction_sets,
+    set_codebook,
+    unavailable_because,
+    use_instruction_set,
+)
 from cpu_kernels.matmul import head_matmul, head_transposed, matmul
 
 __all__ = [
@@ -20,6 +27,7 @@ __all__ = [
     "latent_attention",
     "latent_prefill",
     "matmul",
+    "set_codebook",
     "unavailable_because",
     "use_instruction_set",
 ]

@@ -9,6 +9,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _FILE = "cpu_kernels.so"
 _ROOT = pathlib.Path(__file__).parent
@@ -20,6 +21,7 @@ _HANDLERS = (
     "mla_latent_attention",
     "mla_latent_prefill",
 )
+_codebooks: dict[str, np.ndarray] = {}  # what the library points to
 
 
 @functools.cache
@@ -107,6 +109,23 @@ def use_instruction_set(name: str) -> None:
     if name not in names:
         raise ValueError(f"name must be one of {', '.join(names)}, got {name!r}.")
     _load()[0].mla_use(names.index(name))
+
+
+def set_codebook(name: str, weights: np.ndarray) -> None:
+    """Gives the kernels the codebook of a format; products with such weights are refused without it.
+
+    Args:
+      name: "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s" or "iq1", of iq1_s, iq1_m and their rows.
+      weights: int8[codes, weights of a code], magnitudes, in "iq1" -1, 0 and 1. Kept, not copied.
+
+    Raises:
+      ValueError: if there is no codebook of this name and size.
+    """
+    weights = np.ascontiguousarray(weights, np.int8)
+    place, size = ctypes.c_void_p(weights.ctypes.data), ctypes.c_int64(weights.size)
+    if not _load()[0].mla_set_codebook(name.encode(), place, size):
+        raise ValueError(f"name and weights must be those of a codebook, got {name!r} and {weights.shape}.")
+    _codebooks[name] = weights
 
 
 def call(handler: str, shape: tuple[int, ...]):

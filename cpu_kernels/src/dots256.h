@@ -1,5 +1,6 @@
 // Dot products for AVX2: `vpmaddubsw` multiplies unsigned by signed bytes, so weights give their magnitudes, and their
-// signs to the activations. Of codes up to 255 two products would not fit 16 bits: they are taken less 128.
+// signs to the activations. Of codes up to 255 two products would not fit 16 bits: these are taken less 128. Small ones
+// stay small, or most of the sums would cancel out.
 #pragma once
 
 namespace MLA_ISA {
@@ -15,9 +16,10 @@ struct DotSums {
 
   template <int kGroup>
   void add(const Codes<kGroup>& weights, const Activations& x, const int* rows, int chunk) {
+    const __m256i middle = _mm256_set1_epi8(static_cast<char>(weights.middle));
     for (int i = 0; i < 8; ++i) {
       const __m256i code = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights.codes + 32 * i));
-      const __m256i signed_code = _mm256_xor_si256(code, _mm256_set1_epi8(-128));
+      const __m256i signed_code = _mm256_xor_si256(code, middle);
       const __m256i magnitude = _mm256_abs_epi8(signed_code);
       const __m256 scale = scales_of(weights, i);
       for (int t = 0; t < kCount; ++t) {
@@ -31,7 +33,7 @@ struct DotSums {
     }
     for (int g = 0; g < kChunk / kGroup; g += 8) {
       const __m256 scale = _mm256_load_ps(weights.scales + g), offset = _mm256_load_ps(weights.offsets + g);
-      const __m256 raised = _mm256_fmadd_ps(scale, _mm256_set1_ps(128), offset);
+      const __m256 raised = _mm256_fmadd_ps(scale, _mm256_set1_ps(weights.middle), offset);
       for (int t = 0; t < kCount; ++t) {
         const float* sums = kGroup == 32 ? x.sums32_of(rows[t]) : x.sums16_of(rows[t]);
         const __m256 of_chunk = _mm256_loadu_ps(sums + kChunk / kGroup * chunk + g);

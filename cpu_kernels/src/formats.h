@@ -55,6 +55,9 @@ struct Unpacked {
 
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 typedef uint8_t Bytes32 __attribute__((vector_size(32)));
+typedef uint32_t Words4 __attribute__((vector_size(16)));
+typedef uint32_t Words8 __attribute__((vector_size(32)));
+typedef uint64_t Longs2 __attribute__((vector_size(16)));
 
 template <class V>
 inline V load(const uint8_t* p) {
@@ -68,6 +71,41 @@ inline void store(uint8_t* p, V value) {
   std::memcpy(p, &value, sizeof(V));
 }
 
+// Scales and offsets of groups that all have one scale, with codes that are `zero` too high.
+inline void share_scale(float scale, int zero, int groups, float* scales, float* offsets) {
+  for (int g = 0; g < groups; ++g) {
+    scales[g] = scale;
+    offsets[g] = static_cast<float>(-zero) * scale;
+  }
+}
+
+// Bytes that are all ones where one of the 32 bits at p is set, low bits first, and zero elsewhere.
+inline Bytes32 masks_of_bits(const uint8_t* p) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<Bytes32>(_mm256_movm_epi8(load<uint32_t>(p)));
+#elif defined(__AVX2__)
+  const __m256i places = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bits = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(p)), places);
+  return reinterpret_cast<Bytes32>(_mm256_cmpeq_epi8(_mm256_and_si256(spread, bits), bits));
+#else
+  uint64_t spread[4];
+  uint8_t bytes[32];
+  for (int i = 0; i < 4; ++i) spread[i] = p[i] * 0x0101010101010101u & 0x8040201008040201u;
+  std::memcpy(bytes, spread, 32);
+  for (uint8_t& byte : bytes) byte = byte == 0 ? 0 : 255;
+  return load<Bytes32>(bytes);
+#endif
+}
+
+// 256 codes of two bits: of 32 bytes the lowest bits, the next ones and so on, then of 32 more.
+inline void unpack_pairs(const uint8_t* p, uint8_t* codes) {
+  for (int half = 0; half < 2; ++half) {
+    const Bytes32 packed = load<Bytes32>(p + 32 * half);
+    for (int k = 0; k < 4; ++k) store(codes + 128 * half + 32 * k, packed >> (2 * k) & 3);
+  }
+}
+
 inline Bytes16 load16(const uint8_t* p) {
   Bytes16 value;
   std::memcpy(&value, p, 16);
@@ -75,6 +113,18 @@ inline Bytes16 load16(const uint8_t* p) {
 }
 
 inline void store16(uint8_t* p, Bytes16 value) { std::memcpy(p, &value, 16); }
+
+inline Bytes32 join(Bytes16 low, Bytes16 high) {
+#if defined(__AVX2__)
+  const __m256i wide = _mm256_castsi128_si256(reinterpret_cast<__m128i>(low));
+  return reinterpret_cast<Bytes32>(_mm256_inserti128_si256(wide, reinterpret_cast<__m128i>(high), 1));
+#else
+  uint8_t both[32];
+  store16(both, low);
+  store16(both + 16, high);
+  return load<Bytes32>(both);
+#endif
+}
 
 // Returns levels[indices[i]] for 16 indices below 16.
 inline Bytes16 look_up(Bytes16 levels, Bytes16 indices) {
@@ -85,9 +135,11 @@ inline Bytes16 look_up(Bytes16 levels, Bytes16 indices) {
   return reinterpret_cast<Bytes16>(
       vqtbl1q_u8(reinterpret_cast<uint8x16_t>(levels), reinterpret_cast<uint8x16_t>(indices)));
 #else
-  Bytes16 result;
-  for (int i = 0; i < 16; ++i) result[i] = levels[indices[i]];
-  return result;
+  uint8_t from[16], at[16], result[16];
+  store16(from, levels);
+  store16(at, indices);
+  for (int i = 0; i < 16; ++i) result[i] = from[at[i]];
+  return load16(result);
 #endif
 }
 

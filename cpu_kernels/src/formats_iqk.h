@@ -63,18 +63,6 @@ inline void scale_runs_by_bytes(float scale, const uint8_t* bytes, int higher, i
   scale_runs<8>(scale, (numbers & 254) - 127, numbers & 1, higher, zero, scales, offsets);
 }
 
-inline Bytes32 join(Bytes16 first, Bytes16 second) {
-#if defined(__AVX2__)
-  return reinterpret_cast<Bytes32>(
-      _mm256_set_m128i(reinterpret_cast<__m128i>(second), reinterpret_cast<__m128i>(first)));
-#else
-  const Bytes16 halves[2] = {first, second};
-  Bytes32 both;
-  std::memcpy(&both, halves, 32);
-  return both;
-#endif
-}
-
 // Of two vectors, byte by byte: half of the pairs, the others are 16 places further.
 constexpr Bytes32 kPairs = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                             8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};

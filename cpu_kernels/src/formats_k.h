@@ -5,6 +5,45 @@
 
 namespace MLA_ISA {
 
+struct Q2_K {
+  static constexpr int kBlock = 256, kBytes = 84, kGroup = 16;
+  static void unpack(Row row, int chunk, int, uint8_t* codes, float* scales, float* offsets) {
+    const uint8_t* p = row.blocks + chunk * kBytes;
+    const float scale = half_at(p + 80), minimum = -half_at(p + 82);
+    for (int b = 0; b < 16; ++b) {
+      scales[b] = scale * static_cast<float>(p[b] & 15);
+      offsets[b] = minimum * static_cast<float>(p[b] >> 4);
+    }
+    unpack_pairs(p + 16, codes);
+  }
+};
+
+struct Q3_K {
+  static constexpr int kBlock = 256, kBytes = 110, kGroup = 16;
+  static void unpack(Row row, int chunk, int, uint8_t* codes, float* scales, float* offsets) {
+    const uint8_t* p = row.blocks + chunk * kBytes;
+    const float scale = half_at(p + 108);
+    // Four bytes of four bits, four of two bits: each word of four scales has its own shift of both.
+    uint32_t words[4], low[2], high;
+    std::memcpy(low, p + 96, 8);
+    std::memcpy(&high, p + 104, 4);
+    for (int w = 0; w < 4; ++w)
+      words[w] = (low[w % 2] >> (4 * (w / 2)) & 0x0F0F0F0F) | (high >> (2 * w) & 0x03030303) << 4;
+    int8_t whole[16];
+    std::memcpy(whole, words, 16);
+    for (int b = 0; b < 16; ++b) {
+      scales[b] = scale * static_cast<float>(whole[b] - 32);
+      offsets[b] = -4 * scales[b];
+    }
+    const Bytes32 thirds = load<Bytes32>(p);
+    for (int half = 0; half < 2; ++half) {
+      const Bytes32 pairs = load<Bytes32>(p + 32 + 32 * half);
+      for (int k = 0; k < 4; ++k)
+        store(codes + 128 * half + 32 * k, (pairs >> (2 * k) & 3) | (thirds >> (4 * half + k) & 1) << 2);
+    }
+  }
+};
+
 // The 6-bit scales and minima of q4_K and q5_K.
 inline void unpack_k_scales(const uint8_t* p, float* scales, float* offsets) {
   const float scale = half_at(p), minimum = -half_at(p + 2);

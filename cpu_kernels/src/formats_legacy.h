@@ -1,4 +1,4 @@
-// Formats with blocks of 32 and a float16 scale.
+// Formats with blocks of 32 and a float16 scale, and their kin of one scale for more.
 #pragma once
 
 #include "formats.h"
@@ -14,6 +14,26 @@ struct Q8_0 {
       offsets[b] = -128 * scales[b];
       for (int i = 0; i < 32; ++i) codes[32 * b + i] = p[2 + i] ^ 0x80;
     }
+  }
+};
+
+// Of a row that has one scale.
+struct Q8_KV {
+  static constexpr int kBlock = 32, kBytes = 32, kGroup = 32;
+  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
+    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
+    share_scale(float_at(row.header), 128, blocks, scales, offsets);
+    for (int i = 0; i < 32 * blocks; ++i) codes[i] = p[i] ^ 0x80;
+  }
+};
+
+// Blocks of 256 with one scale.
+struct Q8_K_R8 {
+  static constexpr int kBlock = 256, kBytes = 258, kGroup = 32;
+  static void unpack(Row row, int chunk, int, uint8_t* codes, float* scales, float* offsets) {
+    const uint8_t* p = row.blocks + chunk * kBytes;
+    share_scale(half_at(p), 128, 8, scales, offsets);
+    for (int i = 0; i < 256; ++i) codes[i] = p[2 + i] ^ 0x80;
   }
 };
 
@@ -47,12 +67,9 @@ struct Q4_1 {
 
 // Nibbles at p + 4, low ones first, with fifth bits at p.
 inline void unpack_fives(const uint8_t* p, uint8_t* codes) {
-  uint32_t high;
-  std::memcpy(&high, p, 4);
-  for (int i = 0; i < 16; ++i) {
-    codes[i] = (p[4 + i] & 15) | (high >> i & 1) << 4;
-    codes[16 + i] = (p[4 + i] >> 4) | (high >> (16 + i) & 1) << 4;
-  }
+  const Bytes32 high = masks_of_bits(p) & 16;
+  const Bytes16 packed = load16(p + 4);
+  store(codes, join(packed & 15, packed >> 4) | high);
 }
 
 struct Q5_0 {

@@ -9,7 +9,6 @@
 namespace MLA_ISA {
 
 constexpr int kTrellisZero = 126;
-typedef uint32_t Words8 __attribute__((vector_size(32)));
 
 // The first power of the multiplier, the second and so on.
 constexpr uint32_t power(int step) { return step < 0 ? 1 : 0xCBAC1FED * power(step - 1); }

@@ -9,10 +9,13 @@
 
 #include "attention.h"
 #include "float_products.h"
+#include "formats_float4.h"
+#include "formats_iq.h"
 #include "formats_iq4.h"
 #include "formats_iqk.h"
 #include "formats_k.h"
 #include "formats_legacy.h"
+#include "formats_ternary.h"
 #include "formats_trellis.h"
 #include "products.h"
 
@@ -177,7 +180,7 @@ void add(const float* x, float weight, float* out, int64_t count) {
 template <class F>
 constexpr mla::Format integers(const char* name, int header_bytes = 0) {
   return {name, F::kBlock, F::kBytes, header_bytes, false, multiply<IntegerDot, IntegerPanel, F>,
-          transposed_integers<F>, F::unpack};
+          transposed_integers<F>, F::unpack, nullptr, false};
 }
 
 // A format that is unpacked to memory first: all of them share what follows.
@@ -185,24 +188,52 @@ template <class F>
 constexpr mla::Format unpacked(const char* name, int header_bytes = 0) {
   using Any = Unpacked<F::kGroup>;
   return {name, F::kBlock, F::kBytes, header_bytes, false, multiply<IntegerDot, IntegerPanel, Any>,
-          transposed_integers<Any>, F::unpack};
+          transposed_integers<Any>, F::unpack, nullptr, false};
+}
+
+template <class F>
+constexpr mla::Format looked_up(const char* name, int header_bytes = 0) {
+  mla::Format format = unpacked<F>(name, header_bytes);
+  format.codebook = F::kCodebook;
+  return format;
+}
+
+constexpr mla::Format narrow(mla::Format format) {
+  format.narrow = true;
+  return format;
 }
 
 template <class F>
 constexpr mla::Format floats(const char* name) {
-  return {name, 1, F::kBytes, 0, true, multiply<FloatDot, FloatPanel, F>, transposed_floats<F>, nullptr};
+  return {name, 1, F::kBytes, 0, true, multiply<FloatDot, FloatPanel, F>, transposed_floats<F>, nullptr, nullptr, false};
 }
 
 const mla::Format kFormats[] = {
-    floats<F32>("f32"),        floats<F16>("f16"),          floats<BF16>("bf16"),      integers<Q8_0>("q8_0"),
-    integers<Q4_0>("q4_0"),    integers<Q6_0>("q6_0"),      integers<Q4_K>("q4_K"),    integers<Q5_K>("q5_K"),
-    integers<Q6_K>("q6_K"),    integers<IQ4_NL>("iq4_nl"),  integers<IQ4_XS>("iq4_xs"), integers<IQ4_KS>("iq4_ks", 4),
-    unpacked<Q4_1>("q4_1"),    unpacked<Q5_0>("q5_0"),      unpacked<Q5_1>("q5_1"),
-    unpacked<IQ2_K>("iq2_k"),         unpacked<IQ3_K>("iq3_k"),         unpacked<IQ4_K>("iq4_k"),
-    unpacked<IQ5_K>("iq5_k"),         unpacked<IQ6_K>("iq6_k"),         unpacked<IQ2_KS>("iq2_ks", 2),
-    unpacked<IQ3_KS>("iq3_ks", 2),    unpacked<IQ5_KS>("iq5_ks", 4),    unpacked<IQ4_KSS>("iq4_kss", 4),
-    unpacked<IQ2_KL>("iq2_kl", 2),    unpacked<IQ1_KT>("iq1_kt", 4),    unpacked<IQ2_KT>("iq2_kt", 4),
-    unpacked<IQ3_KT>("iq3_kt", 4),    unpacked<IQ4_KT>("iq4_kt", 4),
+    floats<F32>("f32"),                         floats<F16>("f16"),
+    floats<BF16>("bf16"),                       integers<Q8_0>("q8_0"),
+    narrow(integers<Q4_0>("q4_0")),             narrow(integers<Q6_0>("q6_0")),
+    narrow(integers<Q4_K>("q4_K")),             narrow(integers<Q5_K>("q5_K")),
+    narrow(integers<Q6_K>("q6_K")),             integers<IQ4_NL>("iq4_nl"),
+    integers<IQ4_XS>("iq4_xs"),                 integers<IQ4_KS>("iq4_ks", 4),
+    narrow(unpacked<Q4_1>("q4_1")),             narrow(unpacked<Q5_0>("q5_0")),
+    narrow(unpacked<Q5_1>("q5_1")),             narrow(unpacked<IQ2_K>("iq2_k")),
+    narrow(unpacked<IQ3_K>("iq3_k")),           unpacked<IQ4_K>("iq4_k"),
+    unpacked<IQ5_K>("iq5_k"),                   unpacked<IQ6_K>("iq6_k"),
+    narrow(unpacked<IQ2_KS>("iq2_ks", 2)),      narrow(unpacked<IQ3_KS>("iq3_ks", 2)),
+    unpacked<IQ5_KS>("iq5_ks", 4),              unpacked<IQ4_KSS>("iq4_kss", 4),
+    narrow(unpacked<IQ2_KL>("iq2_kl", 2)),      narrow(unpacked<Q2_K>("q2_K")),
+    narrow(unpacked<Q3_K>("q3_K")),             unpacked<Q8_KV>("q8_KV", 8),
+    unpacked<Q8_K_R8>("q8_k_r8"),               narrow(unpacked<TQ1_0>("tq1_0")),
+    narrow(unpacked<TQ2_0>("tq2_0")),           narrow(unpacked<Q1_0>("q1_0_g128")),
+    narrow(unpacked<IQ1_BN>("iq1_bn", 2)),      narrow(unpacked<IQ2_BN>("iq2_bn", 4)),
+    narrow(unpacked<MXFP4>("mxfp4")),           narrow(unpacked<NVFP4>("nvfp4")),
+    narrow(looked_up<IQ2_XXS>("iq2_xxs")),      narrow(looked_up<IQ2_XS>("iq2_xs")),
+    narrow(looked_up<IQ2_S>("iq2_s")),          narrow(looked_up<IQ3_XXS>("iq3_xxs")),
+    narrow(looked_up<IQ3_S>("iq3_s")),          narrow(looked_up<IQ1_S>("iq1_s")),
+    narrow(looked_up<IQ1_M>("iq1_m")),          narrow(looked_up<IQ1_S_R4>("iq1_s_r4", 2)),
+    narrow(looked_up<IQ1_M_R4>("iq1_m_r4", 2)), unpacked<IQ1_KT>("iq1_kt", 4),
+    unpacked<IQ2_KT>("iq2_kt", 4),              unpacked<IQ3_KT>("iq3_kt", 4),
+    unpacked<IQ4_KT>("iq4_kt", 4),
 };
 
 #define MLA_STRING_(x) #x

@@ -42,6 +42,15 @@ struct Selection {
   int row(int place) const { return index ? index[place] : place; }
 };
 
+// What the codes of a format stand for: a byte for each of 8 or 4 neighbouring weights. Who calls the library has it.
+struct Codebook {
+  const char* name;
+  int64_t bytes;
+  const uint8_t* weights;  // null until it is set
+};
+enum { kIQ2_XXS, kIQ2_XS, kIQ2_S, kIQ3_XXS, kIQ3_S, kIQ1, kNumCodebooks };
+extern Codebook codebooks[kNumCodebooks];
+
 // A weight format, blocks of `block` weights in `bytes` bytes, and what can be done with it.
 struct Format {
   const char* name;
@@ -53,6 +62,8 @@ struct Format {
   void (*transposed)(const Matrix& matrix, int64_t begin, int count, const float* x, float* out);
   // Unpacks blocks to memory, for those that are not unpacked in registers; see formats.h.
   void (*unpack)(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets);
+  const Codebook* codebook;  // null for most
+  bool narrow;               // no code is above 127
 };
 
 // One part of cached rows, [pages, slots of a page, size], in the planes of `mla_jax.cache.codec`.

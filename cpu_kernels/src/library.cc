@@ -49,7 +49,22 @@ const Kernels& kernels() {
   return *chosen;
 }
 
+Codebook codebooks[kNumCodebooks] = {
+    {"iq2_xxs", 256 * 8, nullptr}, {"iq2_xs", 512 * 8, nullptr}, {"iq2_s", 1024 * 8, nullptr},
+    {"iq3_xxs", 256 * 4, nullptr}, {"iq3_s", 512 * 4, nullptr},  {"iq1", 2048 * 8, nullptr},
+};
+
 }  // namespace mla
+
+// Returns whether there is such a codebook; `weights` must stay where they are.
+extern "C" int mla_set_codebook(const char* name, const uint8_t* weights, int64_t bytes) {
+  for (mla::Codebook& codebook : mla::codebooks)
+    if (std::string_view(name) == codebook.name && bytes == codebook.bytes) {
+      codebook.weights = weights;
+      return 1;
+    }
+  return 0;
+}
 
 extern "C" const char* mla_available(int n) {
   const mla::Kernels* found = mla::available(n);

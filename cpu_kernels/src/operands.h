@@ -28,6 +28,8 @@ inline ffi::Error read_matrix(const ffi::AnyBuffer& blocks, const ffi::AnyBuffer
                               Matrix* out) {
   const Format* format = kernels().find(name);
   if (format == nullptr) return ffi::Error::InvalidArgument("there is no kernel for format " + std::string(name));
+  if (format->codebook != nullptr && format->codebook->weights == nullptr)
+    return ffi::Error::InvalidArgument("the codebook of format " + std::string(name) + " was not set");
   const auto dims = blocks.dimensions();
   const size_t per_row = format->is_float ? 1 : 2;
   if (dims.size() < per_row + 1 || (!format->is_float && dims.back() != format->bytes))

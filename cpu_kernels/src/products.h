@@ -26,6 +26,7 @@ struct Codes {
   alignas(64) uint8_t codes[kChunk];
   alignas(64) float scales[kGroups];
   alignas(64) float offsets[kGroups];
+  uint8_t middle;  // what codes are best taken less of, to be signed bytes: 128, or 0 where none is above 127
 };
 
 template <class F>
@@ -41,6 +42,7 @@ inline void unpack(const Matrix& matrix, int64_t row, int chunk, Codes<F::kGroup
     F::unpack(source, chunk, left / F::kBlock, out->codes, out->scales, out->offsets);
   else
     matrix.format->unpack(source, chunk, left / matrix.format->block, out->codes, out->scales, out->offsets);
+  out->middle = matrix.format->narrow ? 0 : 128;
   if (left < kChunk) {
     std::memset(out->codes + left, 0, kChunk - left);
     std::fill(out->scales + left / F::kGroup, out->scales + Codes<F::kGroup>::kGroups, 0.0f);

@@ -102,11 +102,19 @@ struct IntegerDot {
     const int chunk_bytes = kChunk / matrix.format->block * matrix.format->bytes;
     DotSums<kCount> sums;
     const uint8_t* ahead = matrix.blocks + r * matrix.row_bytes + kAhead;
+    // What is unpacked to memory in parts can be loaded whole after a while: one chunk later.
+    Stored<F::kGroup> stored[2];
+    if constexpr (!kInRegisters<F>) unpack<F>(matrix, r, 0, &stored[0].chunk);
     for (int c = 0; c * kChunk < matrix.size; ++c, ahead += chunk_bytes) {
       for (int line = 0; line < chunk_bytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_NTA);
-      with_chunk<F>(matrix, r, c, [&](const auto& weights, int groups) {
-        sums.template add<F::kGroup>(weights, x, rows, c, groups);
-      });
+      if constexpr (kInRegisters<F>) {
+        with_chunk<F>(matrix, r, c, [&](const auto& weights, int groups) {
+          sums.template add<F::kGroup>(weights, x, rows, c, groups);
+        });
+      } else {
+        if ((c + 1) * kChunk < matrix.size) unpack<F>(matrix, r, c + 1, &stored[(c + 1) % 2].chunk);
+        sums.template add<F::kGroup>(stored[c % 2], x, rows, c, kChunk / F::kGroup);
+      }
     }
     for (int t = 0; t < kCount; ++t)
       out[t] = _mm512_reduce_add_ps(_mm512_add_ps(sums.products[t], sums.offsets[t]));

@@ -8,13 +8,15 @@ import importlib.resources
 
 import numpy as np
 
+NAMES = ("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1")
+
 
 @functools.cache
 def codebook(name: str) -> np.ndarray:
     """Returns one codebook.
 
     Args:
-      name: "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s" or "iq1".
+      name: one of `NAMES`.
 
     Returns:
       int8[codes, weights], read once, not writable: magnitudes, but in "iq1" -1, 0 and 1.

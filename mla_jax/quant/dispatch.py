@@ -6,11 +6,13 @@ to compare or to differentiate twice, asks JAX for them, and XLA computes everyt
     with jax.default_matmul_precision("highest"): ...
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 import cpu_kernels
-from mla_jax.quant import tensor
+from mla_jax.quant import codebooks, tensor
 
 _EXACT = ("highest", "float32")
 
@@ -26,6 +28,7 @@ def operands(weight: tensor.Weight) -> tuple[tuple[jax.Array, jax.Array], str]:
         weight = tensor.decode(weight)
     if not isinstance(weight, tensor.QuantizedTensor):
         return (weight, jnp.zeros((0,), jnp.uint8)), _format(weight)
+    _set_codebooks()
     header = jnp.zeros((0,), jnp.uint8) if weight.header is None else weight.header
     return (weight.blocks, header), weight.format
 
@@ -54,6 +57,12 @@ def run(*args, weights=(), cpu, default):
         return compute(*primals), jax.jvp(default, primals, tangents)[1]
 
     return compute(*args)
+
+
+@functools.cache
+def _set_codebooks():
+    for name in codebooks.NAMES:
+        cpu_kernels.set_codebook(name, codebooks.codebook(name))
 
 
 def _format(weight):

@@ -1,3 +1,4 @@
+import ctypes
 import functools
 
 import chex
@@ -8,9 +9,10 @@ import pytest
 import random_weights
 
 import cpu_kernels
+from cpu_kernels import library
 from mla_jax import quant
 from mla_jax.nn import layers, moe
-from mla_jax.quant import dispatch
+from mla_jax.quant import codebooks, dispatch
 
 INTEGER = sorted(cpu_kernels.formats() - {"f32", "f16", "bf16"})
 FLOAT = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
@@ -37,7 +39,8 @@ def _decoded(name, *shape):
 
 def _size(name, blocks_of_32=21):
     """Rows that end within a chunk of 256 where the format allows it."""
-    return 32 * blocks_of_32 if name in FLOAT or quant.FORMATS[name].block_size == 32 else 768
+    block = 32 if name in FLOAT else quant.FORMATS[name].block_size
+    return 32 * blocks_of_32 // block * block if block < 256 else 768
 
 
 def _rounded(x):
@@ -191,6 +194,29 @@ def test_unaligned_weights():
         view[:] = weight.blocks
         out = cpu_kernels.matmul(x, jnp.asarray(view), jnp.zeros((0,), jnp.uint8), format="q8_0")
         np.testing.assert_array_equal(out, aligned)
+
+
+def test_every_block_format_has_kernels():
+    assert cpu_kernels.formats() == {*quant.FORMATS, *FLOAT}
+
+
+def test_products_without_their_codebook_are_refused():
+    weight, x = _weight("iq1_s", 37, 256), jnp.ones((1, 256))
+    arrays, _ = dispatch.operands(weight)
+    book = codebooks.codebook("iq1")
+    library._load()[0].mla_set_codebook(b"iq1", None, ctypes.c_int64(book.size))
+    try:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="codebook of format iq1_s was not set"):
+            jax.block_until_ready(cpu_kernels.matmul(x, *arrays, format="iq1_s"))
+    finally:
+        cpu_kernels.set_codebook("iq1", book)
+    assert np.isfinite(cpu_kernels.matmul(x, *arrays, format="iq1_s")).all()
+
+
+@pytest.mark.parametrize(("name", "shape"), [("iq7", (2048, 8)), ("iq1", (2048, 4))])
+def test_codebook_of_another_name_or_size_is_refused(name, shape):
+    with pytest.raises(ValueError, match=rf"must be those of a codebook, got '{name}' and .*{shape[1]}"):
+        cpu_kernels.set_codebook(name, np.zeros(shape, np.int8))
 
 
 def test_unknown_format_and_instruction_set_are_refused():
