@@ -112,7 +112,8 @@ inline void unpack_levels3(const uint8_t* p, uint8_t* codes) {
   const Bytes32 high = load<Bytes32>(p + 64);
   for (int b = 0; b < 8; ++b) {
     const Bytes32 low = load<Bytes32>(p + 32 * (b / 4)) >> static_cast<uint8_t>(2 * (b % 4)) & 3;
-    store(codes + 32 * b, look_up(kLevels3, low, high & static_cast<uint8_t>(1 << b)));
+    const uint8_t bit = static_cast<uint8_t>(1 << b);
+    store(codes + 32 * b, look_up(kLevels3, low, high & bit));
   }
 }
 
@@ -130,7 +131,8 @@ inline void unpack_levels5(const uint8_t* p, uint8_t* codes) {
   const Bytes32 high = load<Bytes32>(p + 128);
   for (int b = 0; b < 8; ++b) {
     const Bytes32 low = load<Bytes32>(p + 32 * (b / 2)) >> static_cast<uint8_t>(4 * (b % 2)) & 15;
-    store(codes + 32 * b, look_up(kLevels5, low, high & static_cast<uint8_t>(1 << b)));
+    const uint8_t bit = static_cast<uint8_t>(1 << b);
+    store(codes + 32 * b, look_up(kLevels5, low, high & bit));
   }
 }
 
@@ -176,7 +178,8 @@ struct IQ2_KL {
     for (int b = 0; b < 8; b += 2) {
       const Bytes16 packed = load16(p + 6 + 8 * b);
       const Bytes32 low = join(packed & 15, packed >> 4);
-      const Bytes32 choice = join(high & static_cast<uint8_t>(1 << b), high & static_cast<uint8_t>(2 << b));
+      const uint8_t bit = static_cast<uint8_t>(1 << b), next = static_cast<uint8_t>(2 << b);
+      const Bytes32 choice = join(high & bit, high & next);
       const Bytes32 first = look_up(kFirstOfPair, low, choice), second = look_up(kSecondOfPair, low, choice);
       store(codes + 32 * b, __builtin_shuffle(first, second, kPairs));
       store(codes + 32 * b + 32, __builtin_shuffle(first, second, kPairs + 16));

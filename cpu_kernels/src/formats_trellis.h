@@ -117,8 +117,8 @@ struct IQ3_KT {
       for (int i = 0; i < 2; ++i) {
         const Bytes32 mirrored = 2 * kTrellisZero - runs[i];
         const Bytes32 positive = runs[i] > mirrored ? runs[i] : mirrored, negative = 2 * kTrellisZero - positive;
-        const Bytes32 sign = signs & static_cast<uint8_t>(1 << (b + i));
-        store(codes + 32 * (b + i), sign != 0 ? negative : positive);
+        const uint8_t bit = static_cast<uint8_t>(1 << (b + i));
+        store(codes + 32 * (b + i), (signs & bit) != 0 ? negative : positive);
       }
     }
   }
