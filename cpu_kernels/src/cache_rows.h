@@ -12,6 +12,7 @@
 namespace MLA_ISA {
 
 using mla::CachePart;
+using mla::LatentCache;
 
 template <class F>
 void read_floats(const CachePart& part, int64_t place, float* out) {
@@ -91,6 +92,17 @@ decltype(CachePart::read) cache_reader(std::string_view type) {
   if (type == "q4_0") return read_planes<0, 8>;
   if (type == "iq4_nl") return read_planes<0, -1>;
   return nullptr;
+}
+
+void read_slots(const LatentCache& cache, const CachePart& part, const int32_t* pages, int begin, int end, float* out,
+                int64_t stride) {
+  for (int slot = begin; slot < end; ++slot, out += stride) {
+    const int32_t page = pages[slot / cache.page_size];
+    if (page < 0 || page >= cache.num_pages)
+      std::memset(out, 0, sizeof(float) * part.size);
+    else
+      part.read(part, static_cast<int64_t>(page) * cache.page_size + slot % cache.page_size, out);
+  }
 }
 
 }  // namespace MLA_ISA

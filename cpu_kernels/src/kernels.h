@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string_view>
 
 #include "activations.h"
@@ -66,6 +67,18 @@ struct Format {
   bool narrow;               // no code is above 127
 };
 
+// Attention to nothing has this as its largest score.
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+// 16 numbers, a multiple of 64 bytes in memory.
+constexpr int kLanes = 16;
+struct alignas(64) Lanes {
+  float of[kLanes] = {};
+};
+
+// Rows that attention reads are padded to whole vectors; keys and queries with zeros.
+constexpr int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
 // One part of cached rows, [pages, slots of a page, size], in the planes of `mla_jax.cache.codec`.
 struct CachePart {
   // Decodes the row at `place`, counted over all pages.
@@ -77,21 +90,22 @@ struct CachePart {
 struct LatentCache {
   CachePart latent, rope;
   int num_pages, page_size;
+
+  int key_size() const { return latent.size + rope.size; }
 };
 
-// What attention to some slots gives for groups of 16 queries: the largest score, the sum of exp(score - largest),
-// both [groups, 16], and the values weighted so, [groups, size of a value, 16]. All begin at a multiple of 64 bytes.
+// Queries [count, padded key size]; each sees the slots up to its position.
+struct Queries {
+  const float* rows;
+  const int32_t* positions;
+  int count;
+  float scale;  // multiplies the scores
+};
+
+// What attention to some slots gives for each query: the largest score, the sum of exp(score - largest), and the values
+// weighted so, [count, padded value size].
 struct Partials {
   float *tops, *sums, *out;
-};
-
-// Queries in groups of 16, [groups, size of a key, 16], from a multiple of 64 bytes on; each sees the slots up to its
-// position, [groups, 16].
-struct Queries {
-  const float* values;
-  const int32_t* positions;
-  int groups;
-  float scale;  // multiplies the scores
 };
 
 struct Kernels {
@@ -104,13 +118,14 @@ struct Kernels {
   void (*gate)(const float* gate, float* up, int64_t count);
   // out[i] += weight * x[i]
   void (*add)(const float* x, float weight, float* out, int64_t count);
-  // Decodes slots [begin, end) of a sequence, latent and rotary part beside each other; zeros where there is no page,
-  // and after the end up to a multiple of 8 slots.
-  void (*read_slots)(const LatentCache& cache, const int32_t* pages, int begin, int end, float* out);
+  // Decodes one part of slots [begin, end) of a sequence to rows `stride` apart; zeros where there is no page.
+  void (*read_slots)(const LatentCache& cache, const CachePart& part, const int32_t* pages, int begin, int end,
+                     float* out, int64_t stride);
   // Attends to the latents in slots [begin, end) of a sequence: values are the latents themselves.
   void (*attend_latents)(const LatentCache& cache, const int32_t* pages, int begin, int end, const Queries& queries,
                          const Partials& partials);
-  // Folds slots [begin, end) with keys [slots, key_size] and values, both `stride` apart, into `partials`.
+  // Folds slots [begin, end) with keys [slots, padded key size] and values, both `stride` apart, into `partials`. Both
+  // are readable and finite up to the next multiple of 16 slots.
   void (*attend_tile)(const float* keys, int key_size, const float* values, int value_size, int64_t stride, int begin,
                       int end, const Queries& queries, const Partials& partials);
   // Returns the reader of a cache type, null for a type that there is none of.

@@ -1,0 +1,181 @@
+// Attention to keys and values of each head, decompressed from the latents tile by tile.
+#include <optional>
+#include <vector>
+
+#include "attention_call.h"
+
+namespace mla {
+
+namespace {
+
+constexpr int kExpandSlots = 128;  // slots that are decompressed at a time
+
+// The latents of a sequence, quantised where a weight asks for it; float weights have them decoded for each tile.
+struct Latents {
+  const LatentCache& cache;
+  const int32_t* pages;
+  int length;
+  std::vector<Activations> quantised;  // a tile each
+
+  void decode(const CachePart& part, int begin, int end, float* out, int64_t stride) const {
+    kernels().read_slots(cache, part, pages, begin, end, out, stride);
+  }
+  int tile_end(int begin) const { return std::min(length, begin + kExpandSlots); }
+
+  void quantise(ffi::ThreadPool& pool) {
+    quantised.resize((length + kExpandSlots - 1) / kExpandSlots);
+    parallel_for(pool, static_cast<int64_t>(quantised.size()), [&](int64_t i) {
+      const int begin = static_cast<int>(i) * kExpandSlots, count = tile_end(begin) - begin;
+      std::vector<float> rows(static_cast<size_t>(count) * cache.latent.size);
+      decode(cache.latent, begin, begin + count, rows.data(), cache.latent.size);
+      Activations& tile = quantised[i];
+      tile.resize(count, cache.latent.size);
+      tile.values = rows.data();
+      for (int row = 0; row < count; ++row) kernels().quantise(&tile, row);
+      tile.values = nullptr;
+    });
+  }
+};
+
+// Decompresses tiles for one head: keys [slots, padded H + P] and values [slots, padded V] beside each other.
+class Expansion {
+ public:
+  // `keys` [H, R] and `values` [V, R] are those of the head.
+  Expansion(const Matrix& keys, const Matrix& values, int64_t key_size, int64_t value_size, const Latents& latents)
+      : keys_(keys),
+        values_(values),
+        key_size_(key_size),
+        value_size_(value_size),
+        value_place_(padded(key_size + latents.cache.rope.size)),
+        latents_(latents),
+        memory_(kExpandSlots * stride() / kLanes) {}
+
+  int64_t stride() const { return value_place_ + padded(value_size_); }
+  float* keys() { return memory_[0].of; }
+  float* values() { return keys() + value_place_; }
+
+  void expand(int begin, int end) {
+    const int count = end - begin;
+    const Activations* quantised = latents_.quantised.empty() ? nullptr : &latents_.quantised[begin / kExpandSlots];
+    if (keys_.format->is_float || values_.format->is_float) {
+      decoded_.resize(static_cast<size_t>(count) * latents_.cache.latent.size);
+      latents_.decode(latents_.cache.latent, begin, end, decoded_.data(), latents_.cache.latent.size);
+      plain_.values = decoded_.data();
+      plain_.size = latents_.cache.latent.size;
+    }
+    const auto multiply = [&](const Matrix& matrix, int64_t size, float* out) {
+      const Selection rows{matrix.format->is_float ? &plain_ : quantised, nullptr, count};
+      matrix.format->matmul(matrix, 0, size, rows, out, stride());
+    };
+    multiply(keys_, key_size_, keys());
+    multiply(values_, value_size_, values());
+    latents_.decode(latents_.cache.rope, begin, end, keys() + key_size_, stride());
+    std::fill(keys() + count * stride(), keys() + padded(count) * stride(), 0.0f);
+  }
+
+ private:
+  Matrix keys_, values_;
+  int64_t key_size_, value_size_, value_place_;
+  const Latents& latents_;
+  std::vector<Lanes> memory_;
+  std::vector<float> decoded_;
+  Activations plain_;
+};
+
+struct PrefillCall : AttentionCall {
+  Matrix keys, values;
+  const float* q;  // [batch, tokens, heads, width]
+  float* out;      // [batch, tokens, heads, value_size]
+  int64_t heads, width, value_size, key_stride, value_stride, value_first;
+  float scale;
+
+  int64_t row(int64_t b, int64_t token, int64_t n) const { return (b * tokens + token) * heads + n; }
+
+  // Queries [first, first + count) of head n of sequence b.
+  void attend(const Latents& latents, int64_t b, int64_t n, int64_t first, int64_t count) const {
+    std::vector<Lanes> rows(count * padded(width) / kLanes);
+    for (int64_t i = 0; i < count; ++i)
+      std::copy_n(q + row(b, first + i, n) * width, width, rows[i * padded(width) / kLanes].of);
+    const int32_t* limits = positions + b * tokens + first;
+    const Queries queries{rows[0].of, limits, static_cast<int>(count), scale};
+    Found found(count, value_size);
+    Expansion expansion(keys.from_row(n * key_stride), values.from_row(n * value_stride + value_first),
+                        width - cache.rope.size, value_size, latents);
+    const int end = static_cast<int>(std::min<int64_t>(latents.length, *std::max_element(limits, limits + count) + int64_t{1}));
+    for (int begin = 0; begin < end; begin += kExpandSlots) {
+      const int stop = std::min(latents.length, begin + kExpandSlots);
+      expansion.expand(begin, stop);
+      kernels().attend_tile(expansion.keys(), static_cast<int>(width), expansion.values(),
+                            static_cast<int>(value_size), expansion.stride(), begin, stop, queries, found.partials());
+    }
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < value_size; ++c)
+        out[row(b, first + i, n) * value_size + c] = found.row(i)[c] / found.sums[i];
+  }
+};
+
+// q [B, T, N, H + P] -> [B, T, N, V]; keys of head n are the rows from n * key_stride on of the first weight, values
+// those from n * value_stride + value_first on of the second.
+ffi::Error latent_prefill(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer key_blocks,
+                          ffi::AnyBuffer key_header, ffi::AnyBuffer value_blocks, ffi::AnyBuffer value_header,
+                          ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions, ffi::RemainingArgs parts,
+                          ffi::ResultBuffer<ffi::F32> out, std::string_view key_format, std::string_view value_format,
+                          int64_t key_stride, int64_t value_stride, int64_t value_first, int64_t rope,
+                          std::string_view latent_type, std::string_view rope_type, float scale) {
+  PrefillCall call;
+  if (ffi::Error error = read_matrix(key_blocks, key_header, key_format, &call.keys); error.failure()) return error;
+  if (ffi::Error error = read_matrix(value_blocks, value_header, value_format, &call.values); error.failure())
+    return error;
+  if (ffi::Error error = read_call(parts, pages, positions, latent_type, rope_type, call.keys.size, rope, &call);
+      error.failure())
+    return error;
+  call.q = q.typed_data();
+  call.out = out->typed_data();
+  call.heads = q.dimensions()[2];
+  call.width = q.dimensions()[3];
+  call.value_size = out->dimensions()[3];
+  call.key_stride = key_stride;
+  call.value_stride = value_stride;
+  call.value_first = value_first;
+  call.scale = scale;
+  if (out->element_count() == 0) return ffi::Error::Success();
+  for (int64_t b = 0; b < call.batch; ++b) {
+    Latents latents{call.cache, call.pages + b * call.table, call.length(b), {}};
+    if (!call.keys.format->is_float || !call.values.format->is_float) latents.quantise(pool);
+    // A head is a task; with fewer heads than threads would like, the queries are split as well.
+    const int64_t halves = call.heads < 2 * pool.num_threads() ? std::min<int64_t>(4, (call.tokens + 127) / 128) : 1;
+    const int64_t step = (call.tokens + halves - 1) / halves;
+    parallel_for(pool, call.heads * halves, [&](int64_t task) {
+      const int64_t n = task % call.heads, first = task / call.heads * step;
+      const int64_t count = std::min(step, call.tokens - first);
+      if (count > 0) call.attend(latents, b, n, first, count);
+    });
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_latent_prefill, latent_prefill,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<std::string_view>("key_format")
+                                  .Attr<std::string_view>("value_format")
+                                  .Attr<int64_t>("key_stride")
+                                  .Attr<int64_t>("value_stride")
+                                  .Attr<int64_t>("value_first")
+                                  .Attr<int64_t>("rope")
+                                  .Attr<std::string_view>("latent_type")
+                                  .Attr<std::string_view>("rope_type")
+                                  .Attr<float>("scale"));
+
+}  // namespace mla
