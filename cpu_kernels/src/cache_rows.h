@@ -78,19 +78,18 @@ void read_planes(const CachePart& part, int64_t place, float* out) {
   }
 }
 
-decltype(CachePart::read) cache_reader(std::string_view type) {
-  if (type == "f32") return read_floats<F32>;
-  if (type == "f16") return read_floats<F16>;
-  if (type == "bf16") return read_floats<BF16>;
-  if (type == "fp8_e4m3") return read_fp8_e4m3;
-  if (type == "q8_0") return read_q8_0;
-  if (type == "q8_KV") return read_q8_kv;
-  if (type == "q6_0") return read_planes<2, 32>;
-  if (type == "q5_1") return read_planes<1, 0>;
-  if (type == "q5_0") return read_planes<1, 16>;
-  if (type == "q4_1") return read_planes<0, 0>;
-  if (type == "q4_0") return read_planes<0, 8>;
-  if (type == "iq4_nl") return read_planes<0, -1>;
+const mla::CacheType kCacheTypes[] = {
+    {"f32", 1, 4, 0, 0, 0, false, read_floats<F32>},      {"f16", 1, 2, 0, 0, 0, false, read_floats<F16>},
+    {"bf16", 1, 2, 0, 0, 0, false, read_floats<BF16>},    {"fp8_e4m3", 1, 1, 0, 0, 0, false, read_fp8_e4m3},
+    {"q8_0", 32, 32, 0, 2, 0, false, read_q8_0},          {"q8_KV", 1, 1, 0, 4, 0, true, read_q8_kv},
+    {"q6_0", 32, 16, 8, 2, 0, false, read_planes<2, 32>}, {"q5_1", 32, 16, 4, 2, 2, false, read_planes<1, 0>},
+    {"q5_0", 32, 16, 4, 2, 0, false, read_planes<1, 16>}, {"q4_1", 32, 16, 0, 2, 2, false, read_planes<0, 0>},
+    {"q4_0", 32, 16, 0, 2, 0, false, read_planes<0, 8>},  {"iq4_nl", 32, 16, 0, 2, 0, false, read_planes<0, -1>},
+};
+
+const mla::CacheType* cache_type(std::string_view name) {
+  for (const mla::CacheType& type : kCacheTypes)
+    if (name == type.name) return &type;
   return nullptr;
 }
 
@@ -101,7 +100,7 @@ void read_slots(const LatentCache& cache, const CachePart& part, const int32_t* 
     if (page < 0 || page >= cache.num_pages)
       std::memset(out, 0, sizeof(float) * part.size);
     else
-      part.read(part, static_cast<int64_t>(page) * cache.page_size + slot % cache.page_size, out);
+      part.type->read(part, static_cast<int64_t>(page) * cache.page_size + slot % cache.page_size, out);
   }
 }
 

@@ -242,6 +242,6 @@ extern const mla::Kernels kernels;
 const mla::Kernels kernels = {MLA_STRING(MLA_ISA), kFormats,       sizeof(kFormats) / sizeof(kFormats[0]),
                               quantise,            gate,           add,
                               read_slots,          attend_latents, attend_tile,
-                              cache_reader};
+                              cache_type};
 
 }  // namespace MLA_ISA

@@ -79,12 +79,22 @@ struct alignas(64) Lanes {
 // Rows that attention reads are padded to whole vectors; keys and queries with zeros.
 constexpr int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
 
+struct CacheType;
+
 // One part of cached rows, [pages, slots of a page, size], in the planes of `mla_jax.cache.codec`.
 struct CachePart {
-  // Decodes the row at `place`, counted over all pages.
-  void (*read)(const CachePart& part, int64_t place, float* out);
+  const CacheType* type;
   int size;
   const void *low, *high, *scale, *offset;
+};
+
+// Rows are whole numbers of blocks, each of so many bytes in every plane.
+struct CacheType {
+  const char* name;
+  int block, low, high, scale, offset;
+  bool one_scale;  // for the whole row
+  // Decodes the row at `place`, counted over all pages.
+  void (*read)(const CachePart& part, int64_t place, float* out);
 };
 
 struct LatentCache {
@@ -128,8 +138,8 @@ struct Kernels {
   // are readable and finite up to the next multiple of 16 slots.
   void (*attend_tile)(const float* keys, int key_size, const float* values, int value_size, int64_t stride, int begin,
                       int end, const Queries& queries, const Partials& partials);
-  // Returns the reader of a cache type, null for a type that there is none of.
-  decltype(CachePart::read) (*cache_reader)(std::string_view type);
+  // Returns a cache type, null where there is none of that name.
+  const CacheType* (*cache_type)(std::string_view name);
 
   const Format* find(std::string_view format) const {
     for (int i = 0; i < num_formats; ++i)

@@ -62,9 +62,16 @@ ffi::Error latent_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
                             ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions, ffi::RemainingArgs parts,
                             ffi::ResultBuffer<ffi::F32> out, std::string_view latent_type, std::string_view rope_type,
                             float scale) {
-  const int64_t heads = q.dimensions()[2], rank = q.dimensions()[3], rope = q_rope.dimensions()[3];
+  const Shape shape = q.dimensions(), rotated = q_rope.dimensions();
+  if (shape.size() != 4 || rotated.size() != 4)
+    return ffi::Error::InvalidArgument("both parts of the queries must have four axes");
+  const int64_t heads = shape[2], rank = shape[3], rope = rotated[3];
+  if (!equal(rotated, {shape[0], shape[1], heads, rope}))
+    return ffi::Error::InvalidArgument("the rotated parts do not fit the queries");
+  if (!equal(out->dimensions(), {shape[0], shape[1], heads, rank}))
+    return ffi::Error::InvalidArgument("the result does not fit the queries");
   AttentionCall call;
-  if (ffi::Error error = read_call(parts, pages, positions, latent_type, rope_type, rank, rope, &call);
+  if (ffi::Error error = read_call(parts, shape, pages, positions, latent_type, rope_type, rank, rope, &call);
       error.failure())
     return error;
   if (out->element_count() == 0) return ffi::Error::Success();

@@ -1,5 +1,4 @@
 // Attention to keys and values of each head, decompressed from the latents tile by tile.
-#include <optional>
 #include <vector>
 
 #include "attention_call.h"
@@ -20,12 +19,11 @@ struct Latents {
   void decode(const CachePart& part, int begin, int end, float* out, int64_t stride) const {
     kernels().read_slots(cache, part, pages, begin, end, out, stride);
   }
-  int tile_end(int begin) const { return std::min(length, begin + kExpandSlots); }
 
   void quantise(ffi::ThreadPool& pool) {
     quantised.resize((length + kExpandSlots - 1) / kExpandSlots);
     parallel_for(pool, static_cast<int64_t>(quantised.size()), [&](int64_t i) {
-      const int begin = static_cast<int>(i) * kExpandSlots, count = tile_end(begin) - begin;
+      const int begin = static_cast<int>(i) * kExpandSlots, count = std::min(kExpandSlots, length - begin);
       std::vector<float> rows(static_cast<size_t>(count) * cache.latent.size);
       decode(cache.latent, begin, begin + count, rows.data(), cache.latent.size);
       Activations& tile = quantised[i];
@@ -82,11 +80,24 @@ class Expansion {
   Activations plain_;
 };
 
+// A weight, and where it keeps the rows of each head.
+struct Heads {
+  Matrix matrix;
+  int64_t stride, first;
+
+  Matrix of(int64_t n) const { return matrix.from_row(n * stride + first); }
+
+  bool hold(int64_t heads, int64_t size) const {
+    const int64_t last = (heads - 1) * stride + first + size;
+    return stride >= 0 && first >= 0 && matrix.blocks + last * matrix.row_bytes <= matrix.end;
+  }
+};
+
 struct PrefillCall : AttentionCall {
-  Matrix keys, values;
+  Heads keys, values;
   const float* q;  // [batch, tokens, heads, width]
   float* out;      // [batch, tokens, heads, value_size]
-  int64_t heads, width, value_size, key_stride, value_stride, value_first;
+  int64_t heads, width, value_size;
   float scale;
 
   int64_t row(int64_t b, int64_t token, int64_t n) const { return (b * tokens + token) * heads + n; }
@@ -99,9 +110,9 @@ struct PrefillCall : AttentionCall {
     const int32_t* limits = positions + b * tokens + first;
     const Queries queries{rows[0].of, limits, static_cast<int>(count), scale};
     Found found(count, value_size);
-    Expansion expansion(keys.from_row(n * key_stride), values.from_row(n * value_stride + value_first),
-                        width - cache.rope.size, value_size, latents);
-    const int end = static_cast<int>(std::min<int64_t>(latents.length, *std::max_element(limits, limits + count) + int64_t{1}));
+    Expansion expansion(keys.of(n), values.of(n), width - cache.rope.size, value_size, latents);
+    const int64_t last = *std::max_element(limits, limits + count);
+    const int end = static_cast<int>(std::min<int64_t>(latents.length, last + 1));
     for (int begin = 0; begin < end; begin += kExpandSlots) {
       const int stop = std::min(latents.length, begin + kExpandSlots);
       expansion.expand(begin, stop);
@@ -114,6 +125,21 @@ struct PrefillCall : AttentionCall {
   }
 };
 
+// A head is a task; with fewer heads than threads would like, the queries are split as well.
+void attend_all(ffi::ThreadPool& pool, const PrefillCall& call) {
+  const int64_t parts = call.heads < 2 * pool.num_threads() ? std::min<int64_t>(4, (call.tokens + 127) / 128) : 1;
+  const int64_t step = (call.tokens + parts - 1) / parts;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    Latents latents{call.cache, call.pages + b * call.table, call.length(b), {}};
+    if (!call.keys.matrix.format->is_float || !call.values.matrix.format->is_float) latents.quantise(pool);
+    parallel_for(pool, call.heads * parts, [&](int64_t task) {
+      const int64_t n = task % call.heads, first = task / call.heads * step;
+      const int64_t count = std::min(step, call.tokens - first);
+      if (count > 0) call.attend(latents, b, n, first, count);
+    });
+  }
+}
+
 // q [B, T, N, H + P] -> [B, T, N, V]; keys of head n are the rows from n * key_stride on of the first weight, values
 // those from n * value_stride + value_first on of the second.
 ffi::Error latent_prefill(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer key_blocks,
@@ -123,34 +149,31 @@ ffi::Error latent_prefill(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
                           int64_t key_stride, int64_t value_stride, int64_t value_first, int64_t rope,
                           std::string_view latent_type, std::string_view rope_type, float scale) {
   PrefillCall call;
-  if (ffi::Error error = read_matrix(key_blocks, key_header, key_format, &call.keys); error.failure()) return error;
-  if (ffi::Error error = read_matrix(value_blocks, value_header, value_format, &call.values); error.failure())
-    return error;
-  if (ffi::Error error = read_call(parts, pages, positions, latent_type, rope_type, call.keys.size, rope, &call);
+  call.keys.stride = key_stride;
+  call.keys.first = 0;
+  call.values.stride = value_stride;
+  call.values.first = value_first;
+  Matrix &keys = call.keys.matrix, &values = call.values.matrix;
+  if (ffi::Error error = read_matrix(key_blocks, key_header, key_format, &keys); error.failure()) return error;
+  if (ffi::Error error = read_matrix(value_blocks, value_header, value_format, &values); error.failure()) return error;
+  if (ffi::Error error = read_call(parts, q.dimensions(), pages, positions, latent_type, rope_type, keys.size, rope, &call);
       error.failure())
     return error;
+  const Shape result = out->dimensions();
+  if (result.size() != 4) return ffi::Error::InvalidArgument("the result must have four axes");
   call.q = q.typed_data();
   call.out = out->typed_data();
   call.heads = q.dimensions()[2];
   call.width = q.dimensions()[3];
-  call.value_size = out->dimensions()[3];
-  call.key_stride = key_stride;
-  call.value_stride = value_stride;
-  call.value_first = value_first;
+  call.value_size = result[3];
   call.scale = scale;
+  if (!equal(result, {call.batch, call.tokens, call.heads, call.value_size}) || call.width < rope)
+    return ffi::Error::InvalidArgument("the result does not fit the queries");
   if (out->element_count() == 0) return ffi::Error::Success();
-  for (int64_t b = 0; b < call.batch; ++b) {
-    Latents latents{call.cache, call.pages + b * call.table, call.length(b), {}};
-    if (!call.keys.format->is_float || !call.values.format->is_float) latents.quantise(pool);
-    // A head is a task; with fewer heads than threads would like, the queries are split as well.
-    const int64_t halves = call.heads < 2 * pool.num_threads() ? std::min<int64_t>(4, (call.tokens + 127) / 128) : 1;
-    const int64_t step = (call.tokens + halves - 1) / halves;
-    parallel_for(pool, call.heads * halves, [&](int64_t task) {
-      const int64_t n = task % call.heads, first = task / call.heads * step;
-      const int64_t count = std::min(step, call.tokens - first);
-      if (count > 0) call.attend(latents, b, n, first, count);
-    });
-  }
+  if (values.size != keys.size || !call.keys.hold(call.heads, call.width - rope) ||
+      !call.values.hold(call.heads, call.value_size))
+    return ffi::Error::InvalidArgument("weights do not have rows for all heads");
+  attend_all(pool, call);
   return ffi::Error::Success();
 }
 
