@@ -66,7 +66,8 @@ inline ffi::Error read_call(const ffi::RemainingArgs& args, Shape q, const ffi::
     return ffi::Error::InvalidArgument("pages do not fit the queries");
   const int64_t slots = low[0] * low[1];
   LatentCache& cache = out->cache;
-  if (ffi::Error error = read_part(parts.data(), latent_type, rank, slots, &cache.latent); error.failure()) return error;
+  if (ffi::Error error = read_part(parts.data(), latent_type, rank, slots, &cache.latent); error.failure())
+    return error;
   if (ffi::Error error = read_part(parts.data() + 4, rope_type, rope, slots, &cache.rope); error.failure())
     return error;
   cache.num_pages = static_cast<int>(low[0]);

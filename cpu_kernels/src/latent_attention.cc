@@ -25,7 +25,8 @@ struct Plan {
   std::vector<int64_t> first;
 
   // How slots are split must not depend on the number of threads, nor may results.
-  Plan(const AttentionCall& call, int64_t queries) : blocks((queries + kBlockQueries - 1) / kBlockQueries), first(1, 0) {
+  Plan(const AttentionCall& call, int64_t queries)
+      : blocks((queries + kBlockQueries - 1) / kBlockQueries), first(1, 0) {
     const int splits = static_cast<int>(std::max<int64_t>(1, kMaxTasks / (call.batch * blocks)));
     for (int64_t b = 0; b < call.batch; ++b) {
       const int length = call.length(b), step = std::max(kSplitSlots, (length + splits - 1) / splits);

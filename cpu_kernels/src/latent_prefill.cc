@@ -88,8 +88,9 @@ struct Heads {
   Matrix of(int64_t n) const { return matrix.from_row(n * stride + first); }
 
   bool hold(int64_t heads, int64_t size) const {
-    const int64_t last = (heads - 1) * stride + first + size;
-    return stride >= 0 && first >= 0 && matrix.blocks + last * matrix.row_bytes <= matrix.end;
+    const int64_t rows = matrix.row_bytes == 0 ? 0 : (matrix.end - matrix.blocks) / matrix.row_bytes;
+    const auto within = [&](int64_t row) { return row >= 0 && row <= rows; };
+    return within(stride) && within(first) && within((heads - 1) * stride + first + size);
   }
 };
 
@@ -155,7 +156,8 @@ ffi::Error latent_prefill(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
   call.values.first = value_first;
   Matrix &keys = call.keys.matrix, &values = call.values.matrix;
   if (ffi::Error error = read_matrix(key_blocks, key_header, key_format, &keys); error.failure()) return error;
-  if (ffi::Error error = read_matrix(value_blocks, value_header, value_format, &values); error.failure()) return error;
+  if (ffi::Error error = read_matrix(value_blocks, value_header, value_format, &values); error.failure())
+    return error;
   if (ffi::Error error = read_call(parts, q.dimensions(), pages, positions, latent_type, rope_type, keys.size, rope, &call);
       error.failure())
     return error;

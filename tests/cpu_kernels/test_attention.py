@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import cpu_kernels
 from mla_jax.cache import LatentRows, codec, rotate
 from mla_jax.config import CACHE_TYPES
 from mla_jax.nn import mla, mla_on_cpu
@@ -72,17 +73,104 @@ def _compare(way, layout, rows, lengths, tokens, rotation=None):
 
 @pytest.mark.parametrize("way", ["absorbed", "expanded"])
 @pytest.mark.parametrize("layout", ["kv", "k and v"])
-@pytest.mark.parametrize(
-    ("lengths", "tokens"), [([1], 1), ([64], 1), ([65], 3), ([300, 7], 1), ([290, 40], 37), ([300, 300], 130)]
-)
-def test_attention_is_that_of_xla(way, layout, lengths, tokens, instruction_set):
+@pytest.mark.parametrize(("lengths", "tokens"), [([300, 7], 1), ([290, 40], 37)])
+def test_attention_is_that_of_xla(way, layout, lengths, tokens):
     _compare(way, layout, _rows("f32", len(lengths), 5, 64), lengths, tokens)
 
 
-@pytest.mark.parametrize("way", ["absorbed", "expanded"])
+def _softmax(scores):
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _slots(rows):
+    """What each sequence has cached, in order, in float64."""
+    decode = lambda part: np.asarray(codec.decode(part), np.float64)[np.asarray(rows.pages)]
+    return (part.reshape(part.shape[0], -1, part.shape[-1]) for part in map(decode, (rows.latent, rows.rope)))
+
+
+def _absorbed(q, q_rope, rows, positions):
+    """The definition of `latent_attention`: float64, a query at a time."""
+    latent, rope = _slots(rows)
+    out = np.empty(q.shape)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        seen = slice(positions[b, t] + 1)
+        scores = latent[b, seen] @ np.float64(q[b, t, n]) + rope[b, seen] @ np.float64(q_rope[b, t, n])
+        out[b, t, n] = _softmax(SCALE * scores) @ latent[b, seen]
+    return out
+
+
+def _expanded(q, keys, values, rows, positions):
+    """The same of `latent_prefill`, with keys [N, H, R] and values [N, V, R]."""
+    latent, rope = _slots(rows)
+    size = keys.shape[1]
+    out = np.empty((*q.shape[:3], values.shape[1]))
+    for b, t, n in np.ndindex(q.shape[:3]):
+        seen = slice(positions[b, t] + 1)
+        query = np.float64(q[b, t, n])
+        scores = latent[b, seen] @ (keys[n].T @ query[:size]) + rope[b, seen] @ query[size:]
+        out[b, t, n] = _softmax(SCALE * scores) @ latent[b, seen] @ values[n].T
+    return out
+
+
+def _draw(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def _pool(cache_type, batch, rank, rope):
+    """Rows for up to 320 slots a sequence, all of a pool of pages in no order."""
+    pages = np.random.default_rng(3).permutation(batch * 5).reshape(batch, 5).astype(np.int32)
+    parts = (codec.encode(jnp.asarray(_draw(size, batch * 5, 64, size)), cache_type) for size in (rank, rope))
+    return LatentRows(latent=next(parts), rope=next(parts)).at(jnp.asarray(pages))
+
+
+def _check_absorbed(rows, heads, lengths, tokens):
+    rank, rope = rows.latent.shape[-1], rows.rope.shape[-1]
+    q = _draw(4, len(lengths), tokens, heads, rank)
+    q_rope = _draw(5, len(lengths), tokens, heads, rope)
+    positions = np.asarray(lengths)[:, None] - tokens + np.arange(tokens)[None]
+    cache = mla_on_cpu._cache(_spoil(rows, positions), jnp.asarray(positions, jnp.int32))
+    out = np.asarray(cpu_kernels.latent_attention(jnp.asarray(q), jnp.asarray(q_rope), **cache, scale=SCALE))
+    expected = _absorbed(q, q_rope, rows, positions)
+    assert np.max(np.abs(out - expected)) < 2e-5 * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4, 8, 9, 16, 17, 20, 128])
+def test_every_number_of_heads(heads, instruction_set):
+    """One to three tokens, lengths about those at which slots are split, and rows of no whole vectors."""
+    for tokens, lengths in ((1, [1, 129]), (2, [32, 319]), (3, [257, 16])):
+        _check_absorbed(_pool("f32", 2, 100, 20), heads, lengths, tokens)
+
+
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)
-def test_every_cache_type(way, cache_type):
-    _compare(way, "kv", _rows(cache_type, 2, 5, 64), [300, 9], 5)
+def test_every_cache_type(cache_type, instruction_set):
+    rows = _pool(cache_type, 1, 288, 64)
+    for heads in (3, 17):
+        _check_absorbed(rows, heads, [150], 2)
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q5_1"])
+def test_cache_types_are_expanded(cache_type):
+    _compare("expanded", "kv", _rows(cache_type, 2, 5, 64), [300, 9], 5)
+
+
+@pytest.mark.parametrize("size", [32, 36])
+def test_prefill_is_the_definition(size, instruction_set):
+    rows, heads, value_size = _pool("f32", 2, 64, 20), 3, size - 2
+    weight = _draw(6, heads * (size + value_size), 64) / 8
+    parts = weight.reshape(heads, size + value_size, 64)
+    for tokens, lengths in ((1, [1, 129]), (5, [5, 300]), (37, [128, 257])):
+        q = _draw(7, 2, tokens, heads, size + 20)
+        positions = np.asarray(lengths)[:, None] - tokens + np.arange(tokens)[None]
+        positions = np.maximum(positions, 0)
+        operand = jnp.asarray(weight), jnp.zeros((0,), jnp.uint8)
+        layout = dict(key_stride=size + value_size, value_stride=size + value_size, value_first=size)
+        cache = mla_on_cpu._cache(_spoil(rows, positions), jnp.asarray(positions, jnp.int32))
+        sizes = dict(value_size=value_size, rope_size=20, scale=SCALE)
+        arguments = dict(formats=("f32", "f32"), **sizes, **layout, **cache)
+        out = np.asarray(cpu_kernels.latent_prefill(jnp.asarray(q), operand, operand, **arguments))
+        expected = _expanded(q, parts[:, :size], parts[:, size:], rows, positions)
+        assert np.max(np.abs(out - expected)) < 2e-5 * np.max(np.abs(expected))
 
 
 @pytest.mark.parametrize("way", ["absorbed", "expanded"])
@@ -119,6 +207,71 @@ def _compare_holes(way, rows):
     full = dataclasses.replace(full, latent=take(rows.latent), rope=take(rows.rope))
     expected = getattr(mla_on_cpu, f"attend_{way}")(q, q_rope, full, up, positions, **kwargs)
     np.testing.assert_array_equal(out, expected)
+
+
+_NONE = jnp.zeros((0,), jnp.uint8)
+
+
+def _absorbed_arguments():
+    cache = mla_on_cpu._cache(_pool("q8_0", 2, 64, 32), jnp.zeros((2, 1), jnp.int32))
+    return dict(q=jnp.ones((2, 1, 3, 64)), q_rope=jnp.ones((2, 1, 3, 32)), scale=SCALE, **cache)
+
+
+def _expanded_arguments():
+    arguments = _absorbed_arguments() | dict(q=jnp.ones((2, 1, 3, 80)), keys=(jnp.ones((192, 64)), _NONE))
+    del arguments["q_rope"]
+    layout = dict(key_stride=64, value_stride=64, value_first=48, value_size=16, rope_size=32)
+    return arguments | dict(values=(jnp.ones((192, 64)), _NONE), formats=("f32", "f32"), **layout)
+
+
+_REFUSED = [
+    (cpu_kernels.latent_attention, dict(q_rope=jnp.ones((2, 1, 2, 32))), "rotated parts do not fit"),
+    (cpu_kernels.latent_attention, dict(q_rope=jnp.ones((2, 3, 32))), "must have four axes"),
+    (cpu_kernels.latent_attention, dict(q=jnp.ones((2, 1, 3, 96))), "rows of 96 numbers of type q8_0"),
+    (cpu_kernels.latent_attention, dict(q_rope=jnp.ones((2, 1, 3, 64))), "rows of 64 numbers of type q8_0"),
+    (None, dict(positions=jnp.zeros((2, 2), jnp.int32)), "positions do not fit"),
+    (None, dict(positions=jnp.zeros((3, 1), jnp.int32)), "positions do not fit"),
+    (None, dict(pages=jnp.zeros((1, 5), jnp.int32)), "pages do not fit"),
+    (None, dict(pages=jnp.zeros((10,), jnp.int32)), "pages do not fit"),
+    (None, dict(latent_type="q4_0"), "rows of 64 numbers of type q4_0"),
+    (None, dict(rope_type="f32"), "rows of 32 numbers of type f32"),
+    (None, dict(latent_type="q9_9"), "no reader of cache type q9_9"),
+    (cpu_kernels.latent_prefill, dict(rope_size=48), "rows of 48 numbers of type q8_0"),
+    (cpu_kernels.latent_prefill, dict(q=jnp.ones((2, 1, 3, 16))), "result does not fit"),
+    (cpu_kernels.latent_prefill, dict(q=jnp.ones((2, 1, 4, 80))), "rows for all heads"),
+    (cpu_kernels.latent_prefill, dict(value_first=49), "rows for all heads"),
+    (cpu_kernels.latent_prefill, dict(value_stride=-64), "rows for all heads"),
+    (cpu_kernels.latent_prefill, dict(key_stride=2**40), "rows for all heads"),
+    (cpu_kernels.latent_prefill, dict(keys=(jnp.ones((9, 64)), _NONE)), "rows for all heads"),
+    (cpu_kernels.latent_prefill, dict(values=(jnp.ones((192, 32)), _NONE)), "rows for all heads"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "change", "message"), _REFUSED, ids=lambda x: " ".join(x) if isinstance(x, dict) else ""
+)
+def test_what_does_not_fit_is_refused(kernel, change, message):
+    ways = (
+        (cpu_kernels.latent_attention, _absorbed_arguments),
+        (cpu_kernels.latent_prefill, _expanded_arguments),
+    )
+    for way, arguments in ways:
+        if kernel in (None, way):
+            assert np.isfinite(way(**arguments())).all()
+            with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+                jax.block_until_ready(way(**arguments() | change))
+
+
+@pytest.mark.parametrize("kernel", [cpu_kernels.latent_attention, cpu_kernels.latent_prefill])
+@pytest.mark.parametrize("part", ["latent", "rope"])
+@pytest.mark.parametrize("plane", range(4))
+def test_cache_arrays_of_the_wrong_size_are_refused(kernel, part, plane):
+    """One row too few, or what this type does not have."""
+    way = _absorbed_arguments if kernel is cpu_kernels.latent_attention else _expanded_arguments
+    arrays = list(way()[part])
+    arrays[plane] = arrays[plane][:-1] if arrays[plane].size else jnp.zeros((10, 64, 1), jnp.uint8)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="arrays of the cache do not fit"):
+        jax.block_until_ready(kernel(**way() | {part: tuple(arrays)}))
 
 
 _RUN = """
