@@ -68,14 +68,13 @@ class Expansion {
     multiply(keys_, key_size_, keys());
     multiply(values_, value_size_, values());
     latents_.decode(latents_.cache.rope, begin, end, keys() + key_size_, stride());
-    std::fill(keys() + count * stride(), keys() + padded(count) * stride(), 0.0f);
   }
 
  private:
   Matrix keys_, values_;
   int64_t key_size_, value_size_, value_place_;
   const Latents& latents_;
-  std::vector<Lanes> memory_;
+  std::vector<Lanes> memory_;  // zeros, or what an earlier tile left, after the last slot
   std::vector<float> decoded_;
   Activations plain_;
 };
@@ -158,15 +157,15 @@ ffi::Error latent_prefill(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
   if (ffi::Error error = read_matrix(key_blocks, key_header, key_format, &keys); error.failure()) return error;
   if (ffi::Error error = read_matrix(value_blocks, value_header, value_format, &values); error.failure())
     return error;
-  if (ffi::Error error = read_call(parts, q.dimensions(), pages, positions, latent_type, rope_type, keys.size, rope, &call);
+  const Shape shape = q.dimensions(), result = out->dimensions();
+  if (ffi::Error error = read_call(parts, shape, pages, positions, latent_type, rope_type, keys.size, rope, &call);
       error.failure())
     return error;
-  const Shape result = out->dimensions();
   if (result.size() != 4) return ffi::Error::InvalidArgument("the result must have four axes");
   call.q = q.typed_data();
   call.out = out->typed_data();
-  call.heads = q.dimensions()[2];
-  call.width = q.dimensions()[3];
+  call.heads = shape[2];
+  call.width = shape[3];
   call.value_size = result[3];
   call.scale = scale;
   if (!equal(result, {call.batch, call.tokens, call.heads, call.value_size}) || call.width < rope)

@@ -74,15 +74,14 @@ inline float weigh(int first, int count, int limit, float scale, float* scores, 
   }
   const float highest = across(best, larger<float>);
   // A query that has seen nothing yet keeps its top at minus infinity: take 0 instead, all its weights are 0.
-  const bool none = highest == kNothing;
-  const float base = none ? 0 : highest;
+  const float base = highest == kNothing ? 0 : highest;
   Vector total = {};
   for (int s = 0; s < count / kLanes; ++s) {
     const Ints hidden = vectors[s] == spread(kNothing);
     vectors[s] = hidden ? Vector{} : exponentials(vectors[s] - base);
     total += vectors[s];
   }
-  const float shrink = none ? 1 : exponential(*top - base);
+  const float shrink = exponential(*top - base);
   *sum = *sum * shrink + across(total, [](float a, float b) { return a + b; });
   *top = highest;
   return shrink;

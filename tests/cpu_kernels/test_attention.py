@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 import cpu_kernels
+from mla_jax import quant
 from mla_jax.cache import LatentRows, codec, rotate
 from mla_jax.config import CACHE_TYPES
 from mla_jax.nn import mla, mla_on_cpu
 from mla_jax.nn.up_projections import UpProjections
+from mla_jax.quant import dispatch
 
 N, H, V, R, P = 3, 32, 64, 128, 64
 SCALE = 0.1
@@ -154,23 +156,52 @@ def test_cache_types_are_expanded(cache_type):
     _compare("expanded", "kv", _rows(cache_type, 2, 5, 64), [300, 9], 5)
 
 
-@pytest.mark.parametrize("size", [32, 36])
-def test_prefill_is_the_definition(size, instruction_set):
-    rows, heads, value_size = _pool("f32", 2, 64, 20), 3, size - 2
+def test_what_an_earlier_call_left_behind_does_not_matter(instruction_set):
+    full, short = _pool("f32", 1, 96, 32), _pool("f32", 1, 90, 20)
+    nothing = dataclasses.replace(full, latent=full.latent * jnp.nan, rope=full.rope * jnp.nan)
+    for _ in range(8):  # whichever thread comes
+        cache = mla_on_cpu._cache(nothing, jnp.full((1, 1), 319, jnp.int32))
+        q, q_rope = jnp.ones((1, 1, 4, 96)), jnp.ones((1, 1, 4, 32))
+        assert np.isnan(cpu_kernels.latent_attention(q, q_rope, **cache, scale=SCALE)).all()
+        _check_absorbed(short, 4, [3], 1)
+
+
+def test_a_nan_that_only_a_later_token_sees(instruction_set):
+    """Queries of two tokens are taken together where heads do not come in fours."""
+    rows = _pool("f32", 1, 64, 32)
+    spoiled = dataclasses.replace(rows, latent=rows.latent.at[rows.pages[0, 2], 30].set(jnp.nan))
+    positions = jnp.asarray([[100, 200]], jnp.int32)
+    q, q_rope = jnp.asarray(_draw(4, 1, 2, 3, 64)), jnp.asarray(_draw(5, 1, 2, 3, 32))
+    attend = lambda rows: np.asarray(
+        cpu_kernels.latent_attention(q, q_rope, **mla_on_cpu._cache(rows, positions), scale=SCALE)
+    )
+    np.testing.assert_array_equal(attend(spoiled)[:, 0], attend(rows)[:, 0])
+    assert np.isnan(attend(spoiled)[:, 1]).all()
+
+
+def _operand(weight, name):
+    stored = jnp.asarray(weight) if name == "f32" else jax.tree.map(jnp.asarray, quant.encode(weight, name))
+    return dispatch.operands(stored)[0], np.asarray(quant.decode(stored), np.float64)
+
+
+@pytest.mark.parametrize("formats", [("f32", "f32"), ("q8_0", "q8_0"), ("q8_0", "f32"), ("f32", "q8_0")])
+def test_prefill_is_the_definition(formats, instruction_set):
+    rows, heads, size, value_size = _pool("f32", 2, 64, 20), 3, 36, 34
     weight = _draw(6, heads * (size + value_size), 64) / 8
-    parts = weight.reshape(heads, size + value_size, 64)
+    (keys, exact_keys), (values, exact_values) = (_operand(weight, name) for name in formats)
+    by_head = lambda exact: exact.reshape(heads, size + value_size, 64)
+    tolerance = 2e-5 if formats == ("f32", "f32") else 2e-2  # 8-bit weights meet 8-bit latents
     for tokens, lengths in ((1, [1, 129]), (5, [5, 300]), (37, [128, 257])):
         q = _draw(7, 2, tokens, heads, size + 20)
-        positions = np.asarray(lengths)[:, None] - tokens + np.arange(tokens)[None]
-        positions = np.maximum(positions, 0)
-        operand = jnp.asarray(weight), jnp.zeros((0,), jnp.uint8)
+        positions = np.maximum(np.asarray(lengths)[:, None] - tokens + np.arange(tokens)[None], 0)
         layout = dict(key_stride=size + value_size, value_stride=size + value_size, value_first=size)
         cache = mla_on_cpu._cache(_spoil(rows, positions), jnp.asarray(positions, jnp.int32))
         sizes = dict(value_size=value_size, rope_size=20, scale=SCALE)
-        arguments = dict(formats=("f32", "f32"), **sizes, **layout, **cache)
-        out = np.asarray(cpu_kernels.latent_prefill(jnp.asarray(q), operand, operand, **arguments))
-        expected = _expanded(q, parts[:, :size], parts[:, size:], rows, positions)
-        assert np.max(np.abs(out - expected)) < 2e-5 * np.max(np.abs(expected))
+        arguments = dict(formats=formats, **sizes, **layout, **cache)
+        out = np.asarray(cpu_kernels.latent_prefill(jnp.asarray(q), keys, values, **arguments))
+        parts = by_head(exact_keys)[:, :size], by_head(exact_values)[:, size:]
+        expected = _expanded(q, *parts, rows, positions)
+        assert np.max(np.abs(out - expected)) < tolerance * np.max(np.abs(expected))
 
 
 @pytest.mark.parametrize("way", ["absorbed", "expanded"])
