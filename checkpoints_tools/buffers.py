@@ -13,6 +13,8 @@ import numpy as np
 BUFFER_ALIGNMENT = 64  # what XLA asks of a host buffer that it adopts without a copy
 
 _SHARED_BYTES = 16 << 20
+# Memory of the process alone; what processes may share gets no huge pages. Windows has no such flags.
+_PRIVATE = dict(flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if hasattr(mmap, "MAP_PRIVATE") else {}
 
 _lock = threading.Lock()
 _rest = np.empty(0, np.uint8)  # of the newest mapping that is shared
@@ -37,7 +39,7 @@ def aligned_empty(num_bytes: int) -> np.ndarray:
 
 def _map(size):
     try:
-        mapping = mmap.mmap(-1, size)
+        mapping = mmap.mmap(-1, size, **_PRIVATE)
     except OSError as error:
         raise MemoryError(f"{size} bytes of memory could not be had: {error.strerror}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):

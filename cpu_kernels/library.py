@@ -38,7 +38,7 @@ def _load():
             return None, f"{path} was built {reason}"
         for name in _HANDLERS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    except (OSError, AttributeError, RuntimeError) as error:
+    except (OSError, AttributeError, RuntimeError, TypeError) as error:
         return None, f"{path} does not fit this package, machine or jax (install anew): {error}"
     return library, ""
 

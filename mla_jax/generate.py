@@ -67,7 +67,6 @@ class Model:
         self.ctx_size, self.timings = ctx_size, Timings()
         self.expert_reduction = reduction_lib.per_layer(config, None)
         self.tokenizer = tokenizer.Tokenizer(vocabulary)
-        self._eog_ids = np.asarray(sorted(self.tokenizer.eog_ids), np.int32)
         self._ubatch = min(ubatch, ctx_size)
         self._cache: Cache | None = None
         self._cached_tokens: list[int] = []
@@ -278,7 +277,8 @@ class Model:
     def _steps(self, ids, start, settings, step):
         """Yields (tokens, what else `step` returns) for each piece of `ids` from `start` on."""
         cache = self._cache or init_cache(self.config, self.run, batch=1, ctx_size=self.ctx_size)
-        self._cache, self._settings = None, settings  # the cache is donated: after a failure there is none
+        # The cache is donated: after a failure there is none.
+        self._cache, self._cached_tokens, self._settings = None, [], settings
         cache = dataclasses.replace(cache, length=jnp.full((1,), start, jnp.int32))
         for count, width in steps.split_prompt(len(ids) - start, self._ubatch):
             tokens = np.zeros((1, width), np.int32)
@@ -305,7 +305,7 @@ class Model:
             cache,
             sampling,
             np.int32(num_steps),
-            self._eog_ids,
+            np.asarray(sorted(self.tokenizer.eog_ids), np.int32),
             reduction=self._reduction,
             config=self.config,
             run=self.run,

@@ -148,7 +148,10 @@ def sample(logits: jax.Array, recent: jax.Array, positions: jax.Array, sampling:
 
 
 def _most_likely(logits):
-    """Returns the lowest id of the largest logits, int32[B, 1]; by two passes, a fifth of `argmax`'s time."""
+    """Returns the lowest id of the largest logits, int32[B, 1]; of a row with NaN some id.
+
+    It takes a fifth of the time of `argmax` on a CPU.
+    """
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     is_less = logits < jnp.max(logits, axis=-1, keepdims=True)
     return jnp.min(jnp.where(is_less, logits.shape[-1], ids), axis=-1, keepdims=True)

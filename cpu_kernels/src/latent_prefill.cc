@@ -79,20 +79,6 @@ class Expansion {
   Activations plain_;
 };
 
-// A weight, and where it keeps the rows of each head.
-struct Heads {
-  Matrix matrix;
-  int64_t stride, first;
-
-  Matrix of(int64_t n) const { return matrix.from_row(n * stride + first); }
-
-  bool hold(int64_t heads, int64_t size) const {
-    const int64_t rows = matrix.row_bytes == 0 ? 0 : (matrix.end - matrix.blocks) / matrix.row_bytes;
-    const auto within = [&](int64_t row) { return row >= 0 && row <= rows; };
-    return within(stride) && within(first) && within((heads - 1) * stride + first + size);
-  }
-};
-
 struct PrefillCall : AttentionCall {
   Heads keys, values;
   const float* q;  // [batch, tokens, heads, width]

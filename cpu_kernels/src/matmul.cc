@@ -28,16 +28,18 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
 // x [X, N, size] and for each head `out` rows of the weight, from row n * stride + first on -> [X, N, out].
 ffi::Error head_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer blocks, ffi::AnyBuffer header,
                        ffi::ResultBuffer<ffi::F32> out, std::string_view format, int64_t stride, int64_t first) {
-  Matrix matrix;
-  if (ffi::Error error = read_matrix(blocks, header, format, &matrix); error.failure()) return error;
+  Heads weight{{}, stride, first};
+  if (ffi::Error error = read_matrix(blocks, header, format, &weight.matrix); error.failure()) return error;
+  const Matrix& matrix = weight.matrix;
   const int64_t tokens = x.dimensions()[0], heads = x.dimensions()[1], width = out->dimensions()[2];
-  if (x.dimensions()[2] != matrix.size) return ffi::Error::InvalidArgument("x does not fit the weight");
+  if (x.dimensions()[2] != matrix.size || !weight.hold(heads, width))
+    return ffi::Error::InvalidArgument("x, the weight and its heads do not fit each other");
   Activations& activations = scratch(0);
   read_activations(pool, x.typed_data(), tokens * heads, matrix.size, !matrix.format->is_float, &activations);
   parallel_for(pool, tokens == 0 ? 0 : heads, [&](int64_t n) {
     std::vector<int32_t> rows(tokens);
     for (int64_t t = 0; t < tokens; ++t) rows[t] = static_cast<int32_t>(t * heads + n);
-    matrix.format->matmul(matrix.from_row(n * stride + first), 0, width,
+    matrix.format->matmul(weight.of(n), 0, width,
                           {&activations, rows.data(), static_cast<int>(tokens)}, out->typed_data() + n * width,
                           heads * width);
   });
@@ -48,9 +50,12 @@ ffi::Error head_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBu
 ffi::Error head_transposed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer blocks,
                            ffi::AnyBuffer header, ffi::ResultBuffer<ffi::F32> out, std::string_view format,
                            int64_t stride) {
-  Matrix matrix;
-  if (ffi::Error error = read_matrix(blocks, header, format, &matrix); error.failure()) return error;
+  Heads weight{{}, stride, 0};
+  if (ffi::Error error = read_matrix(blocks, header, format, &weight.matrix); error.failure()) return error;
+  const Matrix& matrix = weight.matrix;
   const int64_t tokens = x.dimensions()[0], heads = x.dimensions()[1], in = x.dimensions()[2];
+  if (out->dimensions()[2] != matrix.size || !weight.hold(heads, in))
+    return ffi::Error::InvalidArgument("x, the weight and its heads do not fit each other");
   parallel_for(pool, tokens * heads, [&](int64_t i) {
     matrix.format->transposed(matrix, i % heads * stride, static_cast<int>(in), x.typed_data() + i * in,
                               out->typed_data() + i * matrix.size);

@@ -49,12 +49,28 @@ inline ffi::Error read_matrix(const ffi::AnyBuffer& blocks, const ffi::AnyBuffer
   return ffi::Error::Success();
 }
 
+// A weight, and where it keeps the rows of each head.
+struct Heads {
+  Matrix matrix;
+  int64_t stride, first;
+
+  Matrix of(int64_t n) const { return matrix.from_row(n * stride + first); }
+
+  bool hold(int64_t heads, int64_t size) const {
+    const int64_t rows = matrix.row_bytes == 0 ? 0 : (matrix.end - matrix.blocks) / matrix.row_bytes;
+    const auto within = [&](int64_t row) { return row >= 0 && row <= rows; };
+    return within(stride) && within(first) && within((heads - 1) * stride + first + size);
+  }
+};
+
 // Makes `out` hold rows of activations, quantised where the weights are.
 inline void read_activations(ffi::ThreadPool& pool, const float* x, int64_t rows, int64_t size, bool quantised,
                              Activations* out) {
   out->values = x;
-  out->resize(static_cast<int>(rows), static_cast<int>(size));
+  out->rows = static_cast<int>(rows);
+  out->size = static_cast<int>(size);
   if (!quantised) return;
+  out->resize(out->rows, out->size);
   const int64_t step = rows <= 4 ? rows : 16;
   parallel_for(pool, rows == 0 ? 0 : (rows + step - 1) / step, [&](int64_t task) {
     for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row)

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -28,7 +29,7 @@ inline void relax() {
 // runs, and waking a thread takes longer than many a product. Then they go back to the pool, and sleep.
 class Helpers {
  public:
-  using Work = std::function<void()>;
+  using Work = std::function<bool()>;  // returns whether there was something left to do
 
   // Has `work` done by `count` threads at most; by fewer, or by none, if they are busy elsewhere.
   void call(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
@@ -43,10 +44,7 @@ class Helpers {
 
  private:
   void stay(Work work) {
-    while (work) {
-      work();
-      work = next();
-    }
+    while (work && work()) work = next();
   }
 
   Work next() {
@@ -95,15 +93,20 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const F& f) {
   };
   auto state = std::make_shared<State>();
   const F* body = &f;
-  auto work = [state, body, count] {
-    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
+  auto work = [state, body, count]() noexcept {  // a task that throws would leave the others without their body
+    bool worked = false;
+    for (int64_t i; (i = state->next.fetch_add(1)) < count; worked = true) {
       (*body)(i);
       state->done.fetch_add(1, std::memory_order_release);
     }
+    return worked;
   };
   helpers().call(pool, wanted, work);
   work();
-  while (state->done.load(std::memory_order_acquire) < count) relax();
+  for (int64_t turn = 1; state->done.load(std::memory_order_acquire) < count; ++turn) {
+    relax();
+    if (turn % 4096 == 0) std::this_thread::yield();  // whoever has the task may be waiting for this core
+  }
 }
 
 }  // namespace mla

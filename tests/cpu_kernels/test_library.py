@@ -6,7 +6,6 @@ import pytest
 
 import cpu_kernels
 from cpu_kernels import library
-from mla_jax import quant
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SOURCES = ROOT / "cpu_kernels"
@@ -109,14 +108,3 @@ def test_instruction_set_that_is_not_there_is_refused(name):
         ValueError, match=re.escape(f"one of {', '.join(cpu_kernels.instruction_sets())}, got")
     ):
         cpu_kernels.use_instruction_set(name)
-
-
-def test_every_instruction_set_has_the_formats_that_the_readme_names(load_anew):
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    documented = re.search(r"Kernels multiply by it as it is \(([^)]*)\)", readme)[1].lower().split(", ")
-    for name in cpu_kernels.instruction_sets():
-        cpu_kernels.use_instruction_set(name)
-        load_anew()
-        assert sorted(map(str.lower, cpu_kernels.formats())) == sorted([*documented, "f32"])
-    cpu_kernels.use_instruction_set(cpu_kernels.instruction_sets()[0])
-    assert cpu_kernels.formats() - {"f32", "f16", "bf16"} <= set(quant.FORMATS)

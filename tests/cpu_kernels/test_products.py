@@ -1,3 +1,4 @@
+import concurrent.futures
 import ctypes
 import functools
 
@@ -198,6 +199,43 @@ def test_unaligned_weights():
 
 def test_every_block_format_has_kernels():
     assert cpu_kernels.formats() == {*quant.FORMATS, *FLOAT}
+
+
+@pytest.mark.parametrize(
+    "change", [dict(stride=1 << 24), dict(stride=9), dict(first=1), dict(first=-1), dict(out=17)], ids=str
+)
+def test_heads_beyond_the_weight_are_refused(change):
+    arrays, _ = dispatch.operands(_weight("q8_0", 32, 64))
+    settings = dict(format="q8_0", out=8, stride=8, first=0)
+    x = jnp.ones((1, 4, 64))
+    jax.block_until_ready(cpu_kernels.head_matmul(x, *arrays, **settings))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit each other"):
+        jax.block_until_ready(cpu_kernels.head_matmul(x, *arrays, **settings | change))
+
+
+@pytest.mark.parametrize("change", [dict(stride=1 << 24), dict(stride=9), dict(size=96)], ids=str)
+def test_transposed_heads_beyond_the_weight_are_refused(change):
+    arrays, _ = dispatch.operands(_weight("q8_0", 32, 64))
+    settings = dict(format="q8_0", size=64, stride=8)
+    x = jnp.ones((1, 4, 8))
+    jax.block_until_ready(cpu_kernels.head_transposed(x, *arrays, **settings))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit each other"):
+        jax.block_until_ready(cpu_kernels.head_transposed(x, *arrays, **settings | change))
+
+
+def test_calls_at_the_same_time_do_not_disturb_each_other():
+    arrays, _ = dispatch.operands(_weight("q8_0", 2048, 512))
+    multiply = jax.jit(lambda x: cpu_kernels.matmul(x, *arrays, format="q8_0"))
+    inputs = [jnp.asarray(np.random.default_rng(i).standard_normal((3, 512)), jnp.float32) for i in range(4)]
+    alone = [np.asarray(multiply(x)) for x in inputs]
+
+    def repeat(i):
+        return [np.asarray(multiply(inputs[i])) for _ in range(100)]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for expected, results in zip(alone, threads.map(repeat, range(4)), strict=True):
+            for result in results:
+                np.testing.assert_array_equal(result, expected)
 
 
 def test_products_without_their_codebook_are_refused():
