@@ -9,7 +9,7 @@ Both use mla 3 and flash attention, no groups of experts, and contexts of one si
 many random tokens in the cache already:
 
 prefill  tokens of a prompt / seconds to the first greedy token after it
-decode   greedy tokens / their seconds, each read by the host before the next
+decode   greedy tokens / their seconds; the peer's host reads each before the next, ours some at a time
 GB/s     what a decode step reads / its seconds, and its share of a plain read: all weights but the token
          embedding, experts by how many are used, and the cache. A model that fits the processor's own caches
          can exceed 100%.

@@ -1,7 +1,7 @@
 """Memory that tensors are read into.
 
-It lies in huge pages where the system has them: out of 2 MiB pages a core reads weights up to a half faster
-than out of pages of 4 KiB. Small tensors share a mapping, which goes when the last of them goes.
+It lies in huge pages where the system has them: a core reads weights faster out of pages of 2 MiB than out of
+pages of 4 KiB. Small tensors share a mapping, which goes when the last of them goes.
 """
 
 import contextlib
