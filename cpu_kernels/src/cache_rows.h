@@ -1,6 +1,7 @@
 // Cached rows of every type, in the planes of `mla_jax.cache.codec`, decoded to float32.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <string_view>

@@ -11,10 +11,27 @@
 MLA_DECLARE(generic)
 MLA_DECLARE(avx2)
 MLA_DECLARE(avx512)
+namespace avx512bf16 {
+void attend_rounded_latents(const mla::LatentCache& cache, const int32_t* pages, int begin, int end,
+                            const mla::Queries& queries, const mla::Partials& partials);
+}
 
 namespace mla {
 
 namespace {
+
+#if defined(MLA_HAS_AVX512BF16)
+// AVX-512 but for attention.
+const Kernels& with_bfloat16() {
+  static const Kernels all = [] {
+    Kernels kernels = avx512::kernels;
+    kernels.name = "avx512bf16";
+    kernels.attend_latents = avx512bf16::attend_rounded_latents;
+    return kernels;
+  }();
+  return all;
+}
+#endif
 
 // The n-th of those that this machine has, the best first; null past the last.
 const Kernels* available(int n) {
@@ -25,8 +42,12 @@ const Kernels* available(int n) {
 #endif
 #if defined(MLA_HAS_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#if defined(MLA_HAS_AVX512BF16)
+    if (__builtin_cpu_supports("avx512bf16")) found[count++] = &with_bfloat16();
+#endif
     found[count++] = &avx512::kernels;
+  }
 #endif
 #if defined(MLA_HAS_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))  // and so has F16C

@@ -62,8 +62,9 @@ inline float across(Vector vector, const Join& join) {
 }
 
 // Turns `count` scores of the slots from `first` on, a multiple of 16, into weights; slots after `limit` get none.
-// Returns by what all that was summed before shrinks.
-inline float weigh(int first, int count, int limit, float scale, float* scores, float* top, float* sum) {
+// Weights are rounded before they are summed. Returns by what all that was summed before shrinks.
+template <class Round>
+float weigh(int first, int count, int limit, float scale, const Round& round, float* scores, float* top, float* sum) {
   constexpr Ints kPlaces = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   Vector* vectors = reinterpret_cast<Vector*>(scores);
   Vector best = spread(*top);
@@ -78,10 +79,10 @@ inline float weigh(int first, int count, int limit, float scale, float* scores, 
   Vector total = {};
   for (int s = 0; s < count / kLanes; ++s) {
     const Ints hidden = vectors[s] == spread(kNothing);
-    vectors[s] = hidden ? Vector{} : exponentials(vectors[s] - base);
+    vectors[s] = hidden ? Vector{} : round(exponentials(vectors[s] - base));
     total += vectors[s];
   }
-  const float shrink = exponential(*top - base);
+  const float shrink = *top == base ? 1 : exponential(*top - base);
   *sum = *sum * shrink + across(total, [](float a, float b) { return a + b; });
   *top = highest;
   return shrink;

@@ -13,7 +13,7 @@ def kernels_compute():
         yield
 
 
-@pytest.fixture(params=["avx512", "avx2", "generic"])
+@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "generic"])
 def instruction_set(request):
     if request.param not in cpu_kernels.instruction_sets():
         pytest.skip(f"this machine has no {request.param}")

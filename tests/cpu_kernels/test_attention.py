@@ -126,7 +126,7 @@ def _pool(cache_type, batch, rank, rope):
     return LatentRows(latent=next(parts), rope=next(parts)).at(jnp.asarray(pages))
 
 
-def _check_absorbed(rows, heads, lengths, tokens):
+def _check_absorbed(rows, heads, lengths, tokens, instruction_set):
     rank, rope = rows.latent.shape[-1], rows.rope.shape[-1]
     q = _draw(4, len(lengths), tokens, heads, rank)
     q_rope = _draw(5, len(lengths), tokens, heads, rope)
@@ -134,21 +134,23 @@ def _check_absorbed(rows, heads, lengths, tokens):
     cache = mla_on_cpu._cache(_spoil(rows, positions), jnp.asarray(positions, jnp.int32))
     out = np.asarray(cpu_kernels.latent_attention(jnp.asarray(q), jnp.asarray(q_rope), **cache, scale=SCALE))
     expected = _absorbed(q, q_rope, rows, positions)
-    assert np.max(np.abs(out - expected)) < 2e-5 * np.max(np.abs(expected))
+    exact = instruction_set != "avx512bf16" or tokens * heads < 9 or codec.type_of(rows.latent) == "f32"
+    assert np.max(np.abs(out - expected)) < (2e-5 if exact else 2e-2) * np.max(np.abs(expected))
 
 
+@pytest.mark.parametrize("cache_type", ["f32", "f16"])
 @pytest.mark.parametrize("heads", [1, 3, 4, 8, 9, 16, 17, 20, 128])
-def test_every_number_of_heads(heads, instruction_set):
+def test_every_number_of_heads(heads, cache_type, instruction_set):
     """One to three tokens, lengths about those at which slots are split, and rows of no whole vectors."""
     for tokens, lengths in ((1, [1, 129]), (2, [32, 319]), (3, [257, 16])):
-        _check_absorbed(_pool("f32", 2, 100, 20), heads, lengths, tokens)
+        _check_absorbed(_pool(cache_type, 2, 100, 8), heads, lengths, tokens, instruction_set)
 
 
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)
 def test_every_cache_type(cache_type, instruction_set):
     rows = _pool(cache_type, 1, 288, 64)
     for heads in (3, 17):
-        _check_absorbed(rows, heads, [150], 2)
+        _check_absorbed(rows, heads, [150], 2, instruction_set)
 
 
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q5_1"])
@@ -156,27 +158,45 @@ def test_cache_types_are_expanded(cache_type):
     _compare("expanded", "kv", _rows(cache_type, 2, 5, 64), [300, 9], 5)
 
 
-def test_what_an_earlier_call_left_behind_does_not_matter(instruction_set):
-    full, short = _pool("f32", 1, 96, 32), _pool("f32", 1, 90, 20)
-    nothing = dataclasses.replace(full, latent=full.latent * jnp.nan, rope=full.rope * jnp.nan)
-    for _ in range(8):  # whichever thread comes
-        cache = mla_on_cpu._cache(nothing, jnp.full((1, 1), 319, jnp.int32))
-        q, q_rope = jnp.ones((1, 1, 4, 96)), jnp.ones((1, 1, 4, 32))
-        assert np.isnan(cpu_kernels.latent_attention(q, q_rope, **cache, scale=SCALE)).all()
-        _check_absorbed(short, 4, [3], 1)
-
-
-def test_a_nan_that_only_a_later_token_sees(instruction_set):
-    """Queries of two tokens are taken together where heads do not come in fours."""
-    rows = _pool("f32", 1, 64, 32)
-    spoiled = dataclasses.replace(rows, latent=rows.latent.at[rows.pages[0, 2], 30].set(jnp.nan))
-    positions = jnp.asarray([[100, 200]], jnp.int32)
-    q, q_rope = jnp.asarray(_draw(4, 1, 2, 3, 64)), jnp.asarray(_draw(5, 1, 2, 3, 32))
-    attend = lambda rows: np.asarray(
+def _attend(rows, heads, positions):
+    positions = jnp.asarray(positions, jnp.int32)
+    q, q_rope = (
+        jnp.asarray(_draw(seed, *positions.shape, heads, part.shape[-1]))
+        for seed, part in enumerate((rows.latent, rows.rope))
+    )
+    return np.asarray(
         cpu_kernels.latent_attention(q, q_rope, **mla_on_cpu._cache(rows, positions), scale=SCALE)
     )
-    np.testing.assert_array_equal(attend(spoiled)[:, 0], attend(rows)[:, 0])
-    assert np.isnan(attend(spoiled)[:, 1]).all()
+
+
+@pytest.mark.parametrize("heads", [4, 12])
+def test_what_an_earlier_call_left_behind_does_not_matter(heads, instruction_set):
+    full, short = _pool("f16", 1, 96, 32), _pool("f16", 1, 90, 20)
+    nothing = dataclasses.replace(full, latent=full.latent * jnp.nan, rope=full.rope * jnp.nan)
+    for _ in range(8):  # whichever thread comes
+        assert np.isnan(_attend(nothing, heads, [[31]])).all()
+        _check_absorbed(short, heads, [3], 1, instruction_set)
+
+
+@pytest.mark.parametrize("heads", [3, 7])
+def test_a_nan_that_only_a_later_token_sees(heads, instruction_set):
+    """Queries of two tokens are taken together where heads do not come in fours."""
+    rows = _pool("f16", 1, 64, 32)
+    spoiled = dataclasses.replace(rows, latent=rows.latent.at[rows.pages[0, 2], 30].set(jnp.nan))
+    out = _attend(spoiled, heads, [[100, 200]])
+    np.testing.assert_array_equal(out[:, 0], _attend(rows, heads, [[100, 200]])[:, 0])
+    assert np.isnan(out[:, 1]).all()
+
+
+@pytest.mark.parametrize("heads", [3, 12])
+def test_weights_add_up_to_one(heads, instruction_set):
+    """Where all latents are the same, so is the result, however weights are rounded."""
+    rows = _pool("f16", 1, 64, 32)
+    value = jnp.round(rows.latent[0, 0] * 8) / 8
+    rows = dataclasses.replace(rows, latent=jnp.broadcast_to(value, rows.latent.shape))
+    for position in (4, 40, 150):
+        out = _attend(rows, heads, [[position]])[0, 0]
+        np.testing.assert_allclose(out, np.broadcast_to(value, out.shape), rtol=1e-5, atol=1e-6)
 
 
 def _operand(weight, name):
