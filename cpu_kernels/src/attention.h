@@ -19,10 +19,10 @@ template <int kQueries, class Tile>
 void fold(const Tile& tile, int begin, int end, const Queries& queries, int q, const Partials& partials) {
   const int32_t* positions = queries.positions + q;
   end = std::min(end, *std::max_element(positions, positions + kQueries) + 1);
-  for (int first = begin; first < end; first += kTileSlots) {
+  for (int first = begin; first < end; first += Tile::kSlots) {
     const Tile part = tile.from(q, first - begin);
-    const int count = static_cast<int>(mla::padded(std::min(kTileSlots, end - first)));
-    alignas(64) float scores[kQueries][kTileSlots];
+    const int count = static_cast<int>(mla::padded(std::min(Tile::kSlots, end - first)));
+    alignas(64) float scores[kQueries][Tile::kSlots];
     float shrink[kQueries];
     score<kQueries>(part, count, scores);
     for (int i = 0; i < kQueries; ++i)
@@ -66,7 +66,7 @@ void for_each_tile(const LatentCache& cache, const int32_t* pages, int begin, in
 
 void attend_latents(const LatentCache& cache, const int32_t* pages, int begin, int end, const Queries& queries,
                     const Partials& partials) {
-  for_each_tile<kTileSlots>(cache, pages, begin, end, [&](const float* rows, int width, int first, int last) {
+  for_each_tile<FloatTile::kSlots>(cache, pages, begin, end, [&](const float* rows, int width, int first, int last) {
     attend_tile(rows, cache.key_size(), rows, cache.latent.size, width, first, last, queries, partials);
   });
 }

@@ -25,7 +25,7 @@ struct Rounded {
     key_pairs = (key_size + 2 * kPairs - 1) / (2 * kPairs) * kPairs;
     value_size = static_cast<int>(mla::padded(rank));
     queries.resize(static_cast<size_t>(exact.count) * key_pairs / kPairs);
-    keys.resize(static_cast<size_t>(kTileSlots) * key_pairs / kPairs);
+    keys.resize(static_cast<size_t>(PairTile::kSlots) * key_pairs / kPairs);
     values.resize(keys.size());
     round_rows(exact.rows, exact.count, static_cast<int>(mla::padded(key_size)), queries[0].of);
   }
@@ -51,8 +51,8 @@ void attend_rounded_latents(const LatentCache& cache, const int32_t* pages, int 
     return attend_latents(cache, pages, begin, end, queries, partials);
   thread_local Rounded rounded;
   rounded.set_queries(queries, cache.key_size(), cache.latent.size);
-  for (int first = begin; first < end; first += kTileSlots) {
-    const int last = std::min(end, first + kTileSlots);
+  for (int first = begin; first < end; first += PairTile::kSlots) {
+    const int last = std::min(end, first + PairTile::kSlots);
     rounded.read(cache, pages, first, last);
     fold_all(rounded.tile(), first, last, queries, partials);
   }

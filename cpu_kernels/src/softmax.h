@@ -54,11 +54,15 @@ inline T larger(T a, T b) {
 // Joins 16 numbers, halves at a time.
 template <class Join>
 inline float across(Vector vector, const Join& join) {
-  float numbers[kLanes];
-  std::memcpy(numbers, &vector, sizeof(numbers));
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) numbers[i] = join(numbers[i], numbers[i + half]);
-  return numbers[0];
+  typedef float Half __attribute__((vector_size(32)));
+  typedef float Quarter __attribute__((vector_size(16)));
+  Half halves[2];
+  Quarter quarters[2];
+  std::memcpy(halves, &vector, sizeof(vector));
+  const Half half = join(halves[0], halves[1]);
+  std::memcpy(quarters, &half, sizeof(half));
+  const Quarter quarter = join(quarters[0], quarters[1]);
+  return join(join(quarter[0], quarter[1]), join(quarter[2], quarter[3]));
 }
 
 // Turns `count` scores of the slots from `first` on, a multiple of 16, into weights; slots after `limit` get none.
@@ -73,7 +77,7 @@ float weigh(int first, int count, int limit, float scale, const Round& round, fl
     vectors[s] = seen ? vectors[s] * scale : spread(kNothing);
     best = larger(vectors[s], best);
   }
-  const float highest = across(best, larger<float>);
+  const float highest = across(best, [](auto a, auto b) { return larger(a, b); });
   // A query that has seen nothing yet keeps its top at minus infinity: take 0 instead, all its weights are 0.
   const float base = highest == kNothing ? 0 : highest;
   Vector total = {};
@@ -83,7 +87,7 @@ float weigh(int first, int count, int limit, float scale, const Round& round, fl
     total += vectors[s];
   }
   const float shrink = *top == base ? 1 : exponential(*top - base);
-  *sum = *sum * shrink + across(total, [](float a, float b) { return a + b; });
+  *sum = *sum * shrink + across(total, [](auto a, auto b) { return a + b; });
   *top = highest;
   return shrink;
 }

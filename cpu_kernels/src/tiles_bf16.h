@@ -46,6 +46,8 @@ inline void round_rows(const float* rows, int count, int size, uint32_t* out) {
 
 // Queries and keys in pairs of neighbours, values in pairs of slots.
 struct PairTile {
+  static constexpr int kSlots = 2 * kPairs;
+
   const uint32_t* queries;  // [queries, key_pairs]
   const uint32_t* keys;     // [slots, key_pairs]
   const uint32_t* values;   // [slots / 2, 2 * key_pairs]
@@ -66,7 +68,7 @@ struct PairTile {
 };
 
 template <int kQueries>
-void score(const PairTile& tile, int count, float (*scores)[kTileSlots]) {
+void score(const PairTile& tile, int count, float (*scores)[PairTile::kSlots]) {
   constexpr int kSlots = kWidth / kQueries;
   const int size = tile.key_pairs;
   for (int s = 0; s < count; s += kSlots) {
@@ -109,8 +111,7 @@ void add_columns(const PairTile& tile, int pairs, const uint32_t (*weights)[kPai
 }
 
 template <int kQueries>
-void add_values(const PairTile& tile, int count, const float (*weights)[kTileSlots], const float* shrink, float* out) {
-  static_assert(kTileSlots == 2 * kPairs);
+void add_values(const PairTile& tile, int count, const float (*weights)[PairTile::kSlots], const float* shrink, float* out) {
   uint32_t pairs[kQueries][kPairs];
   for (int i = 0; i < kQueries; ++i) _mm512_storeu_si512(pairs[i], to_pairs(weights[i]));
   constexpr int kParts = kWidth / kQueries;

@@ -9,10 +9,10 @@
 
 namespace MLA_ISA {
 
-constexpr int kTileSlots = 32;
-
 // Queries, keys and values: rows of padded sizes, those of slots `stride` apart.
 struct FloatTile {
+  static constexpr int kSlots = 64;
+
   const float* queries;
   const float* keys;
   const float* values;
@@ -32,7 +32,7 @@ struct FloatTile {
 // kQueries queries meet as many slots at a time as there are registers for: each key is loaded once for all of them.
 // The number of slots is a multiple of 16.
 template <int kQueries>
-void score(const FloatTile& tile, int count, float (*scores)[kTileSlots]) {
+void score(const FloatTile& tile, int count, float (*scores)[FloatTile::kSlots]) {
   constexpr int kSlots = kWidth / kQueries;
   const int64_t stride = tile.stride;
   const int size = tile.key_size;
@@ -55,7 +55,7 @@ void score(const FloatTile& tile, int count, float (*scores)[kTileSlots]) {
 
 // out = shrink * out + weights * values, in columns [begin, end).
 template <int kQueries, int kParts>
-void add_columns(const FloatTile& tile, int count, const float (*weights)[kTileSlots], const float* shrink, int begin,
+void add_columns(const FloatTile& tile, int count, const float (*weights)[FloatTile::kSlots], const float* shrink, int begin,
                  int end, float* out) {
   const int64_t stride = tile.stride;
   const int size = tile.value_size;
@@ -76,7 +76,7 @@ void add_columns(const FloatTile& tile, int count, const float (*weights)[kTileS
 }
 
 template <int kQueries>
-void add_values(const FloatTile& tile, int count, const float (*weights)[kTileSlots], const float* shrink, float* out) {
+void add_values(const FloatTile& tile, int count, const float (*weights)[FloatTile::kSlots], const float* shrink, float* out) {
   constexpr int kParts = kWidth / kQueries;
   const int whole = tile.value_size / (kParts * kWidth) * (kParts * kWidth);
   add_columns<kQueries, kParts>(tile, count, weights, shrink, 0, whole, out);
