@@ -111,7 +111,8 @@ void add_columns(const PairTile& tile, int pairs, const uint32_t (*weights)[kPai
 }
 
 template <int kQueries>
-void add_values(const PairTile& tile, int count, const float (*weights)[PairTile::kSlots], const float* shrink, float* out) {
+void add_values(const PairTile& tile, int count, const float (*weights)[PairTile::kSlots], const float* shrink,
+                float* out) {
   uint32_t pairs[kQueries][kPairs];
   for (int i = 0; i < kQueries; ++i) _mm512_storeu_si512(pairs[i], to_pairs(weights[i]));
   constexpr int kParts = kWidth / kQueries;

@@ -55,8 +55,8 @@ void score(const FloatTile& tile, int count, float (*scores)[FloatTile::kSlots])
 
 // out = shrink * out + weights * values, in columns [begin, end).
 template <int kQueries, int kParts>
-void add_columns(const FloatTile& tile, int count, const float (*weights)[FloatTile::kSlots], const float* shrink, int begin,
-                 int end, float* out) {
+void add_columns(const FloatTile& tile, int count, const float (*weights)[FloatTile::kSlots], const float* shrink,
+                 int begin, int end, float* out) {
   const int64_t stride = tile.stride;
   const int size = tile.value_size;
   for (int c = begin; c < end; c += kParts * kWidth) {
@@ -76,7 +76,8 @@ void add_columns(const FloatTile& tile, int count, const float (*weights)[FloatT
 }
 
 template <int kQueries>
-void add_values(const FloatTile& tile, int count, const float (*weights)[FloatTile::kSlots], const float* shrink, float* out) {
+void add_values(const FloatTile& tile, int count, const float (*weights)[FloatTile::kSlots], const float* shrink,
+                float* out) {
   constexpr int kParts = kWidth / kQueries;
   const int whole = tile.value_size / (kParts * kWidth) * (kParts * kWidth);
   add_columns<kQueries, kParts>(tile, count, weights, shrink, 0, whole, out);
