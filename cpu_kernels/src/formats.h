@@ -2,8 +2,9 @@
 //
 //     weight[i] = scale[i / kGroup] * code[i] + offset[i / kGroup]
 //
-// Blocks of 32 may end within the last chunk of a row: `blocks` says how many are there. Loops have fixed counts and
-// no branches, so that the compiler turns them into vector code; the same functions serve every instruction set.
+// A row of blocks of less than 256 may end within its last chunk: `blocks` says how many are there. Loops over the
+// weights of a block have fixed counts and no branches, so that the compiler turns them into vector code; the same
+// functions serve every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -106,22 +107,14 @@ inline void unpack_pairs(const uint8_t* p, uint8_t* codes) {
   }
 }
 
-inline Bytes16 load16(const uint8_t* p) {
-  Bytes16 value;
-  std::memcpy(&value, p, 16);
-  return value;
-}
-
-inline void store16(uint8_t* p, Bytes16 value) { std::memcpy(p, &value, 16); }
-
 inline Bytes32 join(Bytes16 low, Bytes16 high) {
 #if defined(__AVX2__)
   const __m256i wide = _mm256_castsi128_si256(reinterpret_cast<__m128i>(low));
   return reinterpret_cast<Bytes32>(_mm256_inserti128_si256(wide, reinterpret_cast<__m128i>(high), 1));
 #else
   uint8_t both[32];
-  store16(both, low);
-  store16(both + 16, high);
+  store(both, low);
+  store(both + 16, high);
   return load<Bytes32>(both);
 #endif
 }
@@ -136,10 +129,10 @@ inline Bytes16 look_up(Bytes16 levels, Bytes16 indices) {
       vqtbl1q_u8(reinterpret_cast<uint8x16_t>(levels), reinterpret_cast<uint8x16_t>(indices)));
 #else
   uint8_t from[16], at[16], result[16];
-  store16(from, levels);
-  store16(at, indices);
+  store(from, levels);
+  store(at, indices);
   for (int i = 0; i < 16; ++i) result[i] = from[at[i]];
-  return load16(result);
+  return load<Bytes16>(result);
 #endif
 }
 

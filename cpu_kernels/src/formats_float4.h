@@ -22,9 +22,9 @@ struct MXFP4 {
       // Half of 2 ** (p[0] - 127); the two smallest are subnormal.
       scales[b] = float_of_bits(p[0] < 2 ? 1u << (21 + p[0]) : (p[0] - 1u) << 23);
       offsets[b] = -12 * scales[b];
-      const Bytes16 packed = load16(p + 1);
-      store16(codes + 32 * b, look_up(kTwiceE2M1, packed & 15));
-      store16(codes + 32 * b + 16, look_up(kTwiceE2M1, packed >> 4));
+      const Bytes16 packed = load<Bytes16>(p + 1);
+      store(codes + 32 * b, look_up(kTwiceE2M1, packed & 15));
+      store(codes + 32 * b + 16, look_up(kTwiceE2M1, packed >> 4));
     }
   }
 };
@@ -47,7 +47,7 @@ struct NVFP4 {
         offsets[4 * b + g] = -12 * scales[4 * b + g];
       }
       for (int half = 0; half < 2; ++half) {
-        const Bytes16 packed = load16(p + 4 + 16 * half);
+        const Bytes16 packed = load<Bytes16>(p + 4 + 16 * half);
         const Longs2 low = reinterpret_cast<Longs2>(look_up(kTwiceE2M1, packed & 15));
         const Longs2 high = reinterpret_cast<Longs2>(look_up(kTwiceE2M1, packed >> 4));
         store(codes + 64 * b + 32 * half, __builtin_shuffle(low, high, Longs2{0, 2}));

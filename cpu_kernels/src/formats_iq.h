@@ -47,7 +47,7 @@ inline Bytes16 load_first(const uint8_t* p) {
 
 // 16 codes of a low byte and of high bits.
 inline void join_codes(const uint8_t* low, Bytes16 high, uint16_t* codes) {
-  const Interleaved both(load16(low), high);
+  const Interleaved both(load<Bytes16>(low), high);
   std::memcpy(codes, &both, 32);
 }
 
@@ -56,7 +56,7 @@ template <int kGroups>
 inline void unpack_odd_scales(const uint8_t* p, float scale, float* scales, float* offsets) {
   const Bytes16 packed = load_first<kGroups / 2>(p);
   uint8_t numbers[16];
-  store16(numbers, Interleaved(packed & 15, packed >> 4).low);
+  store(numbers, Interleaved(packed & 15, packed >> 4).low);
   for (int g = 0; g < kGroups; ++g) {
     scales[g] = scale * static_cast<float>(2 * numbers[g] + 1);
     offsets[g] = -kZero * scales[g];
@@ -176,7 +176,7 @@ struct IQ1_S {
     uint8_t high[32];
     std::memcpy(high, triples, 32);
     uint16_t own[32];
-    for (int i = 0; i < 32; i += 16) join_codes(p + 2 + i, load16(high + i), own + i);
+    for (int i = 0; i < 32; i += 16) join_codes(p + 2 + i, load<Bytes16>(high + i), own + i);
     for (int b = 0; b < 8; ++b) store(codes + 32 * b, eights(book, own + 4 * b) + 1);
   }
 };
@@ -227,7 +227,7 @@ struct IQ1_M {
       scales[g] = scale * static_cast<float>(2 * numbers[g] + 1);
       offsets[g] = -kNine * scales[g];
     }
-    const Interleaved nibbles(load16(p + 32) & 15, load16(p + 32) >> 4);
+    const Interleaved nibbles(load<Bytes16>(p + 32) & 15, load<Bytes16>(p + 32) >> 4);
     uint16_t own[32];
     join_codes(p, nibbles.low & 7, own);
     join_codes(p + 16, nibbles.high & 7, own + 16);

@@ -16,9 +16,9 @@ struct IQ4_NL {
     for (int b = 0; b < blocks; ++b, p += kBytes) {
       scales[b] = half_at(p);
       offsets[b] = -127 * scales[b];
-      const Bytes16 packed = load16(p + 2);
-      store16(codes + 32 * b, look_up(kNonLinear, packed & 15));
-      store16(codes + 32 * b + 16, look_up(kNonLinear, packed >> 4));
+      const Bytes16 packed = load<Bytes16>(p + 2);
+      store(codes + 32 * b, look_up(kNonLinear, packed & 15));
+      store(codes + 32 * b + 16, look_up(kNonLinear, packed >> 4));
     }
   }
 };
@@ -33,9 +33,9 @@ struct IQ4_XS {
       const int low = p[4 + b / 2] >> (4 * (b % 2)) & 15;
       scales[b] = scale * static_cast<float>((low | (high >> (2 * b) & 3) << 4) - 32);
       offsets[b] = -127 * scales[b];
-      const Bytes16 packed = load16(p + 8 + 16 * b);
-      store16(codes + 32 * b, look_up(kNonLinear, packed & 15));
-      store16(codes + 32 * b + 16, look_up(kNonLinear, packed >> 4));
+      const Bytes16 packed = load<Bytes16>(p + 8 + 16 * b);
+      store(codes + 32 * b, look_up(kNonLinear, packed & 15));
+      store(codes + 32 * b + 16, look_up(kNonLinear, packed >> 4));
     }
   }
 };
@@ -49,9 +49,9 @@ struct IQ4_KS {
       scales[b] = scale * static_cast<float>((p[b] & 254) - 127);
       offsets[b] = -127 * scales[b];
       const Bytes16 levels = p[b] & 1 ? kNonLinearRaised : kNonLinear;
-      const Bytes16 packed = load16(p + 8 + 16 * b);
-      store16(codes + 32 * b, look_up(levels, packed & 15));
-      store16(codes + 32 * b + 16, look_up(levels, packed >> 4));
+      const Bytes16 packed = load<Bytes16>(p + 8 + 16 * b);
+      store(codes + 32 * b, look_up(levels, packed & 15));
+      store(codes + 32 * b + 16, look_up(levels, packed >> 4));
     }
   }
 };

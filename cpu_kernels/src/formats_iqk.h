@@ -174,9 +174,9 @@ struct IQ2_KL {
     const uint8_t* p = row.blocks + chunk * kBytes;
     const Ints8 high_bits = word16(p) >> 2 * kPlaces8 & 3;
     scale_runs<8>(half_at(row.header), nibble_planes_at(p + 2) + 16 * high_bits - 32, Ints8{}, 0, 63, scales, offsets);
-    const Bytes16 high = load16(p + 70);
+    const Bytes16 high = load<Bytes16>(p + 70);
     for (int b = 0; b < 8; b += 2) {
-      const Bytes16 packed = load16(p + 6 + 8 * b);
+      const Bytes16 packed = load<Bytes16>(p + 6 + 8 * b);
       const Bytes32 low = join(packed & 15, packed >> 4);
       const uint8_t bit = static_cast<uint8_t>(1 << b), next = static_cast<uint8_t>(2 << b);
       const Bytes32 choice = join(high & bit, high & next);

@@ -44,9 +44,9 @@ struct Q4_0 {
     for (int b = 0; b < blocks; ++b, p += kBytes) {
       scales[b] = half_at(p);
       offsets[b] = -8 * scales[b];
-      const Bytes16 packed = load16(p + 2);
-      store16(codes + 32 * b, packed & 15);
-      store16(codes + 32 * b + 16, packed >> 4);
+      const Bytes16 packed = load<Bytes16>(p + 2);
+      store(codes + 32 * b, packed & 15);
+      store(codes + 32 * b + 16, packed >> 4);
     }
   }
 };
@@ -58,9 +58,9 @@ struct Q4_1 {
     for (int b = 0; b < blocks; ++b, p += kBytes) {
       scales[b] = half_at(p);
       offsets[b] = half_at(p + 2);
-      const Bytes16 packed = load16(p + 4);
-      store16(codes + 32 * b, packed & 15);
-      store16(codes + 32 * b + 16, packed >> 4);
+      const Bytes16 packed = load<Bytes16>(p + 4);
+      store(codes + 32 * b, packed & 15);
+      store(codes + 32 * b + 16, packed >> 4);
     }
   }
 };
@@ -68,7 +68,7 @@ struct Q4_1 {
 // Nibbles at p + 4, low ones first, with fifth bits at p.
 inline void unpack_fives(const uint8_t* p, uint8_t* codes) {
   const Bytes32 high = masks_of_bits(p) & 16;
-  const Bytes16 packed = load16(p + 4);
+  const Bytes16 packed = load<Bytes16>(p + 4);
   store(codes, join(packed & 15, packed >> 4) | high);
 }
 
@@ -106,9 +106,9 @@ struct Q6_0 {
       uint64_t bits[2];
       std::memcpy(bits, p + 2, 8);
       bits[1] = bits[0] >> 4;
-      const Bytes16 low = load16(p + 10), high = load16(reinterpret_cast<const uint8_t*>(bits));
-      store16(codes + 32 * b, (low & 15) | (high & 3) << 4);
-      store16(codes + 32 * b + 16, (low >> 4) | (high & 12) << 2);
+      const Bytes16 low = load<Bytes16>(p + 10), high = load<Bytes16>(reinterpret_cast<const uint8_t*>(bits));
+      store(codes + 32 * b, (low & 15) | (high & 3) << 4);
+      store(codes + 32 * b + 16, (low >> 4) | (high & 12) << 2);
     }
   }
 };

@@ -16,16 +16,16 @@ struct TQ1_0 {
     const uint8_t* p = row.blocks + chunk * kBytes;
     share_scale(half_at(p + 52), 1, 8, scales, offsets);
     // Digits of one place lie side by side: of 32 bytes, of 16, and four digits of four.
-    Bytes16 columns[3] = {load16(p), load16(p + 16), load16(p + 32)};
+    Bytes16 columns[3] = {load<Bytes16>(p), load<Bytes16>(p + 16), load<Bytes16>(p + 32)};
     for (int place = 0; place < 5; ++place) {
-      store16(codes + 32 * place, first_digits(columns[0]));
-      store16(codes + 32 * place + 16, first_digits(columns[1]));
-      store16(codes + 160 + 16 * place, first_digits(columns[2]));
+      store(codes + 32 * place, first_digits(columns[0]));
+      store(codes + 32 * place + 16, first_digits(columns[1]));
+      store(codes + 160 + 16 * place, first_digits(columns[2]));
       for (Bytes16& column : columns) column += column + column;
     }
     constexpr Bytes16 kPowers = {1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27};
     const uint32_t last = load<uint32_t>(p + 48);
-    store16(codes + 240, first_digits(reinterpret_cast<Bytes16>(Words4{last, last, last, last}) * kPowers));
+    store(codes + 240, first_digits(reinterpret_cast<Bytes16>(Words4{last, last, last, last}) * kPowers));
   }
 };
 
@@ -69,7 +69,7 @@ struct IQ1_BN {
       const Bytes16 packed = reinterpret_cast<Bytes16>(overlapping);
       for (int g = 0; g < 4; ++g) {
         const Bytes16 powers = {81, 27, 9, 3, 1, 81, 27, 9, 3, 1, 81, 27, 9, 3, 1, kLast[g]};
-        store16(codes + 64 * b + 16 * g, first_digits(look_up(packed, kFrom[g]) * powers));
+        store(codes + 64 * b + 16 * g, first_digits(look_up(packed, kFrom[g]) * powers));
       }
     }
   }
@@ -81,7 +81,7 @@ struct IQ2_BN {
     const uint8_t* p = row.blocks + chunk * 4 * kBytes;
     share_scale(float_at(row.header), 1, 2 * blocks, scales, offsets);
     for (int b = 0; b < blocks; ++b, p += kBytes)
-      for (int k = 0; k < 4; ++k) store16(codes + 64 * b + 16 * k, load16(p) >> (2 * k) & 3);
+      for (int k = 0; k < 4; ++k) store(codes + 64 * b + 16 * k, load<Bytes16>(p) >> (2 * k) & 3);
   }
 };
 

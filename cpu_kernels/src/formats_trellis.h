@@ -16,10 +16,10 @@ constexpr uint32_t power(int step) { return step < 0 ? 1 : 0xCBAC1FED * power(st
 // 8 seeds, stored in 16 bits each from p on: they begin at 4096.
 inline Words8 seeds_at(const uint8_t* p) {
 #if defined(__AVX2__)
-  return reinterpret_cast<Words8>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(load16(p)))) + 4096;
+  return reinterpret_cast<Words8>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(load<Bytes16>(p)))) + 4096;
 #else
-  typedef uint16_t Stored __attribute__((vector_size(16)));
-  return __builtin_convertvector(load<Stored>(p), Words8) + 4096;
+  typedef uint16_t Seeds __attribute__((vector_size(16)));
+  return __builtin_convertvector(load<Seeds>(p), Words8) + 4096;
 #endif
 }
 
@@ -87,8 +87,8 @@ struct IQ1_KT {
                                 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7};
     constexpr Bytes32 kBits = {16, 32, 64, 128, 16, 32, 64, 128, 16, 32, 64, 128, 16, 32, 64, 128,
                                16, 32, 64, 128, 16, 32, 64, 128, 16, 32, 64, 128, 16, 32, 64, 128};
-    const Bytes32 top = (look_up(load16(p), kFours) & kBits) != 0 ? Bytes32{} + 16 : Bytes32{};
-    const Bytes16 packed = load16(p + 40);
+    const Bytes32 top = (look_up(load<Bytes16>(p), kFours) & kBits) != 0 ? Bytes32{} + 16 : Bytes32{};
+    const Bytes16 packed = load<Bytes16>(p + 40);
     uint8_t seeds[64];
     store_seeds(load<Bytes32>(p + 8), join(packed & 15, packed >> 4) | top, seeds);
     unpack_eights(seeds, codes);

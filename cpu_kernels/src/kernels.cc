@@ -2,7 +2,6 @@
 #include "kernels.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -205,7 +204,8 @@ constexpr mla::Format narrow(mla::Format format) {
 
 template <class F>
 constexpr mla::Format floats(const char* name) {
-  return {name, 1, F::kBytes, 0, true, multiply<FloatDot, FloatPanel, F>, transposed_floats<F>, nullptr, nullptr, false};
+  return {name, 1, F::kBytes, 0, true, multiply<FloatDot, FloatPanel, F>, transposed_floats<F>,
+          nullptr, nullptr, false};
 }
 
 const mla::Format kFormats[] = {

@@ -61,7 +61,7 @@ struct Format {
   void (*matmul)(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride);
   // out[j] = sum over i of x[i] * weight[begin + i][j]: the transposed product, of `count` rows.
   void (*transposed)(const Matrix& matrix, int64_t begin, int count, const float* x, float* out);
-  // Unpacks blocks to memory, for those that are not unpacked in registers; see formats.h.
+  // Unpacks blocks to memory, see formats.h.
   void (*unpack)(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets);
   const Codebook* codebook;  // null for most
   bool narrow;               // no code is above 127

@@ -57,7 +57,7 @@ struct DotSums {
 
 // A chunk that was unpacked to memory, seen as registers.
 template <int kGroup>
-struct Stored {
+struct InMemory {
   Codes<kGroup> chunk;
 
   static auto load(const float* numbers) {
@@ -88,7 +88,7 @@ inline void with_chunk(const Matrix& matrix, int64_t r, int c, const Use& f) {
     }
     f(Chunk<F>({header, blocks}, 0), groups);
   } else {
-    Stored<F::kGroup> stored;
+    InMemory<F::kGroup> stored;
     unpack<F>(matrix, r, c, &stored.chunk);
     f(stored, groups);
   }
@@ -103,7 +103,7 @@ struct IntegerDot {
     DotSums<kCount> sums;
     const uint8_t* ahead = matrix.blocks + r * matrix.row_bytes + kAhead;
     // What is unpacked to memory in parts can be loaded whole after a while: one chunk later.
-    Stored<F::kGroup> stored[2];
+    InMemory<F::kGroup> stored[2];
     if constexpr (!kInRegisters<F>) unpack<F>(matrix, r, 0, &stored[0].chunk);
     for (int c = 0; c * kChunk < matrix.size; ++c, ahead += chunk_bytes) {
       for (int line = 0; line < chunk_bytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_NTA);
