@@ -27,7 +27,8 @@ inline T exponential_of_rest(T x) {
 
 // e to the x: 2 to the whole part by its bits, times a polynomial of the rest; 2 units in the last place.
 inline float exponential(float x) {
-  const float scaled = std::min(std::max(x, -87.0f), 88.0f) * 1.44269504f;
+  const float least = x > -87.0f ? x : -87.0f;  // and so of a NaN, which is no integer
+  const float scaled = std::min(least, 88.0f) * 1.44269504f;
   const float whole = std::floor(scaled + 0.5f);
   const float rest = (scaled - whole) * 0.69314718f;
   const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
