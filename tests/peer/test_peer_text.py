@@ -1,6 +1,7 @@
 """The packaged model against ik_llama.cpp, on Python sources that it was never trained on."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -51,10 +52,15 @@ def encode(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def tokens(encode):
-    """The first held-out document of 512 tokens or more, as far as that."""
-    documents = map(encode, corpus.standard_library().held_out)
-    return next(ids for ids in documents if len(ids) >= NUM_TOKENS)[:NUM_TOKENS]
+def documents(encode):
+    """The first 8 held-out documents of 512 tokens or more, as far as that."""
+    encoded = map(encode, corpus.standard_library().held_out)
+    return [ids[:NUM_TOKENS] for ids in itertools.islice((d for d in encoded if len(d) >= NUM_TOKENS), 8)]
+
+
+@pytest.fixture(scope="module")
+def tokens(documents):
+    return documents[0]
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +87,15 @@ def test_peer_has_the_same_logits_on_held_out_text(mla, checkpoint, tokens, floa
     assert rounded.top1 >= min(MIN_TOP1, own.top1 - 0.005)
 
 
-@pytest.mark.parametrize("step", [False, True], ids=["prefill", "decode"])
-def test_kernels_are_as_near_to_float32_as_the_peer(step, checkpoint, tokens):
-    """Both round activations to 8 bits."""
+@pytest.mark.parametrize(("step", "count"), [(False, 8), (True, 1)], ids=["prefill", "decode"])
+def test_kernels_are_as_near_to_float32_as_the_peer(step, count, checkpoint, documents):
+    """Both round activations to 8 bits: of one document the order of sums alone moves the mean by 2 %."""
     run = RunConfig(mla=3)
-    exact = network_logits(checkpoint, tokens, run)
+    every = lambda logits: np.concatenate([logits(tokens) for tokens in documents[:count]])
+    exact = every(lambda tokens: network_logits(checkpoint, tokens, run))
     with jax.default_matmul_precision("default"):
-        ours = network_logits(checkpoint, tokens, run, step=step)
-    peer = ik.logits(generate.PACKAGED_MODEL, tokens, mla=3, step=step)
+        ours = every(lambda tokens: network_logits(checkpoint, tokens, run, step=step))
+    peer = every(lambda tokens: ik.logits(generate.PACKAGED_MODEL, tokens, mla=3, step=step))
     found, theirs = Closeness.of(exact, ours), Closeness.of(exact, peer)
     print(f"to float32: kernels {found}, the peer {theirs}")
     assert 0 < found.kl <= theirs.kl
