@@ -136,4 +136,33 @@ inline Bytes16 look_up(Bytes16 levels, Bytes16 indices) {
 #endif
 }
 
+// Nibbles of 16 bytes, the low ones first.
+inline void unpack_nibbles(const uint8_t* p, uint8_t* codes) {
+  const Bytes16 packed = load<Bytes16>(p);
+  store(codes, packed & 15);
+  store(codes + 16, packed >> 4);
+}
+
+// The same, each standing for a level.
+inline void look_up_nibbles(Bytes16 levels, const uint8_t* p, uint8_t* codes) {
+  const Bytes16 packed = load<Bytes16>(p);
+  store(codes, look_up(levels, packed & 15));
+  store(codes + 16, look_up(levels, packed >> 4));
+}
+
+// Blocks of 32 that begin with a float16 scale: codes that are kZero too high, or, without a zero, a float16 minimum
+// after the scale. F::unpack_block unpacks the codes of a block.
+template <class F, int kBlockBytes, int kZero>
+struct BlocksOf32 {
+  static constexpr int kBlock = 32, kBytes = kBlockBytes, kGroup = 32;
+  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
+    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
+    for (int b = 0; b < blocks; ++b, p += kBytes) {
+      scales[b] = half_at(p);
+      offsets[b] = kZero > 0 ? -kZero * scales[b] : half_at(p + 2);
+      F::unpack_block(p, codes + 32 * b);
+    }
+  }
+};
+
 }  // namespace MLA_ISA

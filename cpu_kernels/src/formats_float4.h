@@ -22,9 +22,7 @@ struct MXFP4 {
       // Half of 2 ** (p[0] - 127); the two smallest are subnormal.
       scales[b] = float_of_bits(p[0] < 2 ? 1u << (21 + p[0]) : (p[0] - 1u) << 23);
       offsets[b] = -12 * scales[b];
-      const Bytes16 packed = load<Bytes16>(p + 1);
-      store(codes + 32 * b, look_up(kTwiceE2M1, packed & 15));
-      store(codes + 32 * b + 16, look_up(kTwiceE2M1, packed >> 4));
+      look_up_nibbles(kTwiceE2M1, p + 1, codes + 32 * b);
     }
   }
 };

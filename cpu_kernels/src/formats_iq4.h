@@ -9,18 +9,8 @@ namespace MLA_ISA {
 constexpr Bytes16 kNonLinear = {0, 23, 44, 62, 78, 92, 105, 117, 128, 140, 152, 165, 180, 196, 216, 240};
 constexpr Bytes16 kNonLinearRaised = {4, 27, 48, 66, 82, 96, 109, 121, 132, 144, 156, 169, 184, 200, 220, 244};
 
-struct IQ4_NL {
-  static constexpr int kBlock = 32, kBytes = 18, kGroup = 32;
-  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
-    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
-    for (int b = 0; b < blocks; ++b, p += kBytes) {
-      scales[b] = half_at(p);
-      offsets[b] = -127 * scales[b];
-      const Bytes16 packed = load<Bytes16>(p + 2);
-      store(codes + 32 * b, look_up(kNonLinear, packed & 15));
-      store(codes + 32 * b + 16, look_up(kNonLinear, packed >> 4));
-    }
-  }
+struct IQ4_NL : BlocksOf32<IQ4_NL, 18, 127> {
+  static void unpack_block(const uint8_t* p, uint8_t* codes) { look_up_nibbles(kNonLinear, p + 2, codes); }
 };
 
 struct IQ4_XS {
@@ -33,9 +23,7 @@ struct IQ4_XS {
       const int low = p[4 + b / 2] >> (4 * (b % 2)) & 15;
       scales[b] = scale * static_cast<float>((low | (high >> (2 * b) & 3) << 4) - 32);
       offsets[b] = -127 * scales[b];
-      const Bytes16 packed = load<Bytes16>(p + 8 + 16 * b);
-      store(codes + 32 * b, look_up(kNonLinear, packed & 15));
-      store(codes + 32 * b + 16, look_up(kNonLinear, packed >> 4));
+      look_up_nibbles(kNonLinear, p + 8 + 16 * b, codes + 32 * b);
     }
   }
 };
@@ -48,10 +36,7 @@ struct IQ4_KS {
     for (int b = 0; b < 8; ++b) {
       scales[b] = scale * static_cast<float>((p[b] & 254) - 127);
       offsets[b] = -127 * scales[b];
-      const Bytes16 levels = p[b] & 1 ? kNonLinearRaised : kNonLinear;
-      const Bytes16 packed = load<Bytes16>(p + 8 + 16 * b);
-      store(codes + 32 * b, look_up(levels, packed & 15));
-      store(codes + 32 * b + 16, look_up(levels, packed >> 4));
+      look_up_nibbles(p[b] & 1 ? kNonLinearRaised : kNonLinear, p + 8 + 16 * b, codes + 32 * b);
     }
   }
 };

@@ -5,15 +5,9 @@
 
 namespace MLA_ISA {
 
-struct Q8_0 {
-  static constexpr int kBlock = 32, kBytes = 34, kGroup = 32;
-  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
-    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
-    for (int b = 0; b < blocks; ++b, p += kBytes) {
-      scales[b] = half_at(p);
-      offsets[b] = -128 * scales[b];
-      for (int i = 0; i < 32; ++i) codes[32 * b + i] = p[2 + i] ^ 0x80;
-    }
+struct Q8_0 : BlocksOf32<Q8_0, 34, 128> {
+  static void unpack_block(const uint8_t* p, uint8_t* codes) {
+    for (int i = 0; i < 32; ++i) codes[i] = p[2 + i] ^ 0x80;
   }
 };
 
@@ -37,32 +31,12 @@ struct Q8_K_R8 {
   }
 };
 
-struct Q4_0 {
-  static constexpr int kBlock = 32, kBytes = 18, kGroup = 32;
-  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
-    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
-    for (int b = 0; b < blocks; ++b, p += kBytes) {
-      scales[b] = half_at(p);
-      offsets[b] = -8 * scales[b];
-      const Bytes16 packed = load<Bytes16>(p + 2);
-      store(codes + 32 * b, packed & 15);
-      store(codes + 32 * b + 16, packed >> 4);
-    }
-  }
+struct Q4_0 : BlocksOf32<Q4_0, 18, 8> {
+  static void unpack_block(const uint8_t* p, uint8_t* codes) { unpack_nibbles(p + 2, codes); }
 };
 
-struct Q4_1 {
-  static constexpr int kBlock = 32, kBytes = 20, kGroup = 32;
-  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
-    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
-    for (int b = 0; b < blocks; ++b, p += kBytes) {
-      scales[b] = half_at(p);
-      offsets[b] = half_at(p + 2);
-      const Bytes16 packed = load<Bytes16>(p + 4);
-      store(codes + 32 * b, packed & 15);
-      store(codes + 32 * b + 16, packed >> 4);
-    }
-  }
+struct Q4_1 : BlocksOf32<Q4_1, 20, 0> {
+  static void unpack_block(const uint8_t* p, uint8_t* codes) { unpack_nibbles(p + 4, codes); }
 };
 
 // Nibbles at p + 4, low ones first, with fifth bits at p.
@@ -72,44 +46,22 @@ inline void unpack_fives(const uint8_t* p, uint8_t* codes) {
   store(codes, join(packed & 15, packed >> 4) | high);
 }
 
-struct Q5_0 {
-  static constexpr int kBlock = 32, kBytes = 22, kGroup = 32;
-  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
-    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
-    for (int b = 0; b < blocks; ++b, p += kBytes) {
-      scales[b] = half_at(p);
-      offsets[b] = -16 * scales[b];
-      unpack_fives(p + 2, codes + 32 * b);
-    }
-  }
+struct Q5_0 : BlocksOf32<Q5_0, 22, 16> {
+  static void unpack_block(const uint8_t* p, uint8_t* codes) { unpack_fives(p + 2, codes); }
 };
 
-struct Q5_1 {
-  static constexpr int kBlock = 32, kBytes = 24, kGroup = 32;
-  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
-    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
-    for (int b = 0; b < blocks; ++b, p += kBytes) {
-      scales[b] = half_at(p);
-      offsets[b] = half_at(p + 2);
-      unpack_fives(p + 4, codes + 32 * b);
-    }
-  }
+struct Q5_1 : BlocksOf32<Q5_1, 24, 0> {
+  static void unpack_block(const uint8_t* p, uint8_t* codes) { unpack_fives(p + 4, codes); }
 };
 
-struct Q6_0 {
-  static constexpr int kBlock = 32, kBytes = 26, kGroup = 32;
-  static void unpack(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets) {
-    const uint8_t* p = row.blocks + chunk * 8 * kBytes;
-    for (int b = 0; b < blocks; ++b, p += kBytes) {
-      scales[b] = half_at(p);
-      offsets[b] = -32 * scales[b];
-      uint64_t bits[2];
-      std::memcpy(bits, p + 2, 8);
-      bits[1] = bits[0] >> 4;
-      const Bytes16 low = load<Bytes16>(p + 10), high = load<Bytes16>(reinterpret_cast<const uint8_t*>(bits));
-      store(codes + 32 * b, (low & 15) | (high & 3) << 4);
-      store(codes + 32 * b + 16, (low >> 4) | (high & 12) << 2);
-    }
+struct Q6_0 : BlocksOf32<Q6_0, 26, 32> {
+  static void unpack_block(const uint8_t* p, uint8_t* codes) {
+    uint64_t bits[2];
+    std::memcpy(bits, p + 2, 8);
+    bits[1] = bits[0] >> 4;
+    const Bytes16 low = load<Bytes16>(p + 10), high = load<Bytes16>(reinterpret_cast<const uint8_t*>(bits));
+    store(codes, (low & 15) | (high & 3) << 4);
+    store(codes + 16, (low >> 4) | (high & 12) << 2);
   }
 };
 

@@ -21,19 +21,18 @@
 namespace MLA_ISA {
 
 constexpr int kManyActivations = 8;  // from here on building panels pays
-const Ints kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // The largest of 16 numbers, and their sum.
 inline int32_t largest_of(Ints x) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
-    const Ints other = __builtin_shuffle(x, kLaneNumbers ^ half);
+    const Ints other = __builtin_shuffle(x, kPlaces ^ half);
     x = x > other ? x : other;
   }
   return x[0];
 }
 
 inline int32_t sum_of(Ints x) {
-  for (int half = kLanes / 2; half > 0; half /= 2) x += __builtin_shuffle(x, kLaneNumbers ^ half);
+  for (int half = kLanes / 2; half > 0; half /= 2) x += __builtin_shuffle(x, kPlaces ^ half);
   return x[0];
 }
 

@@ -16,6 +16,8 @@ using mla::kNothing;
 typedef float Vector __attribute__((vector_size(4 * kLanes), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes), may_alias));
 
+constexpr Ints kPlaces = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 inline Vector spread(float x) { return Vector{} + x; }
 
 // e to the x for |x| at most ln(2) / 2: seven terms of the series.
@@ -70,7 +72,6 @@ inline float across(Vector vector, const Join& join) {
 // Weights are rounded before they are summed. Returns by what all that was summed before shrinks.
 template <class Round>
 float weigh(int first, int count, int limit, float scale, const Round& round, float* scores, float* top, float* sum) {
-  constexpr Ints kPlaces = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   Vector* vectors = reinterpret_cast<Vector*>(scores);
   Vector best = spread(*top);
   for (int s = 0; s < count / kLanes; ++s) {
