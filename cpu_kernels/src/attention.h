@@ -47,7 +47,7 @@ void attend_tile(const float* keys, int key_size, const float* values, int value
 }
 
 // Decodes slots [begin, end), kSlots at a time, latent and rotary part beside each other and zeros up to whole vectors.
-// Calls take(rows, width, first, last) with them; there are zeros for slots that are missing after the last.
+// Calls take(rows, width, first, last) with them; after the last there are zeros up to a multiple of 16 slots.
 template <int kSlots, class Take>
 void for_each_tile(const LatentCache& cache, const int32_t* pages, int begin, int end, const Take& take) {
   const int key_size = cache.key_size(), width = static_cast<int>(mla::padded(key_size));
@@ -59,7 +59,7 @@ void for_each_tile(const LatentCache& cache, const int32_t* pages, int begin, in
     read_slots(cache, cache.latent, pages, first, last, rows, width);
     read_slots(cache, cache.rope, pages, first, last, rows + cache.latent.size, width);
     for (int i = 0; i < count; ++i) std::fill(rows + i * width + key_size, rows + (i + 1) * width, 0.0f);
-    std::fill(rows + count * width, rows + kSlots * width, 0.0f);
+    std::fill(rows + count * width, rows + std::min<int64_t>(kSlots, mla::padded(count)) * width, 0.0f);
     take(rows, width, first, last);
   }
 }

@@ -60,16 +60,18 @@ inline float dot_floats(const float* a, const float* b, int count) {
   return total;
 }
 
-template <class F, int kCount>
+template <class F, int kRows, int kCount>
 struct FloatDot {
-  static void row(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
-    alignas(64) float weights[kChunk];
-    for (int t = 0; t < kCount; ++t) out[t] = 0;
-    for (int64_t first = 0; first < matrix.size; first += kChunk) {
-      const int count = static_cast<int>(std::min<int64_t>(kChunk, matrix.size - first));
-      F::widen(matrix.blocks + r * matrix.row_bytes, first, count, weights);
-      for (int t = 0; t < kCount; ++t) out[t] += dot_floats(weights, x.values_of(rows[t]) + first, count);
-    }
+  // The products of rows `r` and following with all the activations: out [kRows, kCount].
+  static void meet(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
+    std::fill(out, out + kRows * kCount, 0.0f);
+    for (int k = 0; k < kRows; ++k, ++r, out += kCount)
+      for (int64_t first = 0; first < matrix.size; first += kChunk) {
+        const int count = static_cast<int>(std::min<int64_t>(kChunk, matrix.size - first));
+        alignas(64) float weights[kChunk];
+        F::widen(matrix.blocks + r * matrix.row_bytes, first, count, weights);
+        for (int t = 0; t < kCount; ++t) out[t] += dot_floats(weights, x.values_of(rows[t]) + first, count);
+      }
   }
 };
 

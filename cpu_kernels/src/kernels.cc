@@ -75,20 +75,30 @@ void quantise(Activations* out, int row) {
   }
 }
 
-// A few activations: each weight row is unpacked once, 256 weights at a time, and met by all of them.
-template <template <class, int> class Dot, class F, int kCount>
+// A few activations: weight rows are unpacked once, 256 weights at a time, and met by all of them.
+template <template <class, int, int> class Dot, class F, int kCount>
 void multiply_few(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, int first, float* out,
                   int64_t stride) {
   int rows[kCount];
   for (int t = 0; t < kCount; ++t) rows[t] = x.row(first + t);
-  for (int64_t r = begin; r < end; ++r) {
-    float dots[kCount];
-    Dot<F, kCount>::row(matrix, r, *x.source, rows, dots);
-    for (int t = 0; t < kCount; ++t) out[(first + t) * stride + r] = dots[t];
+  const auto store = [&](int64_t r, int count, const float* dots) {
+    for (int k = 0; k < count; ++k)
+      for (int t = 0; t < kCount; ++t) out[(first + t) * stride + r + k] = dots[k * kCount + t];
+  };
+  constexpr int kRows = 4 / kCount;  // sums are added up across their registers four at a time
+  float dots[kRows * kCount];
+  int64_t r = begin;
+  for (; r + kRows <= end; r += kRows) {
+    Dot<F, kRows, kCount>::meet(matrix, r, *x.source, rows, dots);
+    store(r, kRows, dots);
+  }
+  for (; r < end; ++r) {
+    Dot<F, 1, kCount>::meet(matrix, r, *x.source, rows, dots);
+    store(r, 1, dots);
   }
 }
 
-template <template <class, int> class Dot, class F>
+template <template <class, int, int> class Dot, class F>
 void multiply_rows(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
   int t = 0;
   for (; t + 4 <= x.count; t += 4) multiply_few<Dot, F, 4>(matrix, begin, end, x, t, out, stride);
@@ -122,17 +132,40 @@ void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Sel
   }
 }
 
-template <template <class, int> class Dot, template <class> class PanelOf, class F>
+// Calls use(part, first, count) for rows [begin, end): `count` of them, from row `first` on, which begin `part`.
+// What follows a row may be read up to a whole chunk, but not what follows the weight: its last rows are copied.
+template <class Use>
+void with_readable(const Matrix& matrix, int64_t begin, int64_t end, const Use& use) {
+  const int64_t chunk = kChunk / matrix.format->block * matrix.format->bytes;
+  const int64_t whole = (matrix.size + kChunk - 1) / kChunk * chunk, beyond = whole - matrix.row_bytes;
+  const int64_t rows = matrix.row_bytes == 0 ? end : (matrix.end - matrix.blocks - beyond) / matrix.row_bytes;
+  const int64_t in_place = std::clamp(rows, begin, end);
+  use(matrix.from_row(begin), begin, in_place - begin);
+  if (in_place == end) return;
+  Matrix last = matrix.from_row(in_place);
+  std::vector<uint8_t> copy((end - in_place) * matrix.row_bytes + beyond);
+  std::copy_n(last.blocks, (end - in_place) * matrix.row_bytes, copy.begin());
+  last.blocks = copy.data();
+  last.end = last.blocks + copy.size();
+  use(last, in_place, end - in_place);
+}
+
+template <template <class, int, int> class Dot, template <class> class PanelOf, class F>
 void multiply(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
   if (x.count >= kManyActivations) return multiply_panels<PanelOf, F>(matrix, begin, end, x, out, stride);
-  multiply_rows<Dot, F>(matrix, begin, end, x, out, stride);
+  with_readable(matrix, begin, end, [&](const Matrix& part, int64_t first, int64_t count) {
+    multiply_rows<Dot, F>(part, 0, count, x, out + first, stride);
+  });
 }
 
 template <class F>
 void transposed_integers(const Matrix& matrix, int64_t begin, int count, const float* x, float* out) {
   for (int c = 0; c * kChunk < matrix.size; ++c) {
     ColumnSums<F> sums;
-    for (int i = 0; i < count; ++i) sums.add(matrix, begin + i, c, x[i]);
+    with_readable(matrix, begin, begin + count, [&](const Matrix& part, int64_t first, int64_t rows) {
+      for (int i = 0; i < rows; i += sums.kRows)
+        sums.add(part, i, std::min(static_cast<int>(rows) - i, sums.kRows), c, x + first - begin + i);
+    });
     float all[kChunk];
     sums.store(all);
     std::memcpy(out + c * kChunk, all, sizeof(float) * std::min<int64_t>(kChunk, matrix.size - c * kChunk));

@@ -1,6 +1,6 @@
 // Sums of products of weights and activations: what is common, and the choice for the instruction set.
 //
-// `IntegerDot<F, n>::row` meets a weight row with n rows of activations; `Panel<g>` holds 256 columns of 16 weight
+// `IntegerDot<F, m, n>::meet` meets m weight rows with n rows of activations; `Panel<g>` holds 256 columns of 16 weight
 // rows, a scale and an offset for g neighbours, and meets any number of activations.
 #pragma once
 

@@ -1,64 +1,27 @@
-// Products for AVX-512 with VNNI: `vpdpbusd` adds four products of unsigned and signed bytes in each of 16 lanes.
+// Products for AVX-512 with VNNI: `vpdpbusd` adds four products of unsigned and signed bytes in each lane.
+// A few rows of activations meet weights in registers of 32 bytes, whose scales can then come from memory.
 #pragma once
+
+#include <type_traits>
+#include <utility>
 
 #include "registers512.h"
 
 namespace MLA_ISA {
 
-// Lanes of the products of 64 weights -> number of their group within the chunk.
-template <int kGroup>
-inline __m512i groups_of(int i) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_add_epi32(_mm512_srli_epi32(lanes, kGroup == 32 ? 3 : 2), _mm512_set1_epi32(64 / kGroup * i));
-}
-
 // Zeros in place of all but the first `count`.
 inline __m256 first_of(__m256 x, int count) { return _mm256_maskz_mov_ps(static_cast<__mmask8>((1 << count) - 1), x); }
 inline __m512 first_of(__m512 x, int count) { return _mm512_maskz_mov_ps(static_cast<__mmask16>((1 << count) - 1), x); }
 
-// The running dot products of one weight row and some rows of activations.
-template <int kCount>
-struct DotSums {
-  __m512 products[kCount], offsets[kCount];
-
-  DotSums() {
-    for (int t = 0; t < kCount; ++t) products[t] = offsets[t] = _mm512_setzero_ps();
-  }
-
-  // Adds the first `groups` of a chunk.
-  template <int kGroup, class Source>
-  void add(const Source& source, const Activations& x, const int* rows, int chunk, int groups) {
-    const auto scale = first_of(source.scales(), groups), offset = first_of(source.offsets(), groups);
-    __m512 both[kCount];
-    for (int t = 0; t < kCount; ++t) {
-      const __m256 x_scale = _mm256_loadu_ps(x.scales_of(rows[t]) + 8 * chunk);
-      if constexpr (kGroup == 32) {
-        both[t] = _mm512_castps256_ps512(_mm256_mul_ps(scale, x_scale));
-        const __m256 sums = _mm256_loadu_ps(x.sums32_of(rows[t]) + 8 * chunk);
-        offsets[t] = _mm512_add_ps(offsets[t], _mm512_zextps256_ps512(_mm256_mul_ps(offset, sums)));
-      } else {
-        const __m512i pairs = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-        both[t] = _mm512_mul_ps(scale, _mm512_permutexvar_ps(pairs, _mm512_castps256_ps512(x_scale)));
-        const __m512 sums = _mm512_loadu_ps(x.sums16_of(rows[t]) + 16 * chunk);
-        offsets[t] = _mm512_fmadd_ps(offset, sums, offsets[t]);
-      }
-    }
-    for (int i = 0; i < (groups * kGroup + 63) / 64; ++i) {
-      const __m512i codes = source.codes(i);
-      for (int t = 0; t < kCount; ++t) {
-        const __m512i x_codes = _mm512_loadu_si512(x.codes_of(rows[t]) + chunk * kChunk + 64 * i);
-        const __m512i dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, x_codes);
-        const __m512 factor = _mm512_permutexvar_ps(groups_of<kGroup>(i), both[t]);
-        products[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), factor, products[t]);
-      }
-    }
-  }
-};
+// What a chunk is unpacked to, if at all.
+struct Nothing {};
+template <class F>
+using Memory = std::conditional_t<kInRegisters<F>, Nothing, Codes<F::kGroup>>;
 
 // A chunk that was unpacked to memory, seen as registers.
 template <int kGroup>
 struct InMemory {
-  Codes<kGroup> chunk;
+  const Codes<kGroup>* chunk;
 
   static auto load(const float* numbers) {
     if constexpr (kGroup == 32)
@@ -66,95 +29,239 @@ struct InMemory {
     else
       return _mm512_load_ps(numbers);
   }
-  auto scales() const { return load(chunk.scales); }
-  auto offsets() const { return load(chunk.offsets); }
-  __m512i codes(int i) const { return _mm512_load_si512(chunk.codes + 64 * i); }
+  auto scales() const { return load(chunk->scales); }
+  auto offsets() const { return load(chunk->offsets); }
+  __m256i codes(int i) const {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(chunk->codes + 32 * i));
+  }
 };
 
-// Calls f(chunk in registers, number of groups in it) for chunk `c` of row `r`, which the end of the row may cut.
-template <class F, class Use>
-inline void with_chunk(const Matrix& matrix, int64_t r, int c, const Use& f) {
-  const int64_t left = std::min<int64_t>(matrix.size - static_cast<int64_t>(c) * kChunk, kChunk);
-  const int groups = static_cast<int>(left) / F::kGroup;
-  if constexpr (kInRegisters<F>) {
-    constexpr int kBytes = kChunk / F::kBlock * F::kBytes;
-    const uint8_t* header = matrix.header + r * matrix.header_bytes;
-    const uint8_t* blocks = matrix.blocks + r * matrix.row_bytes + static_cast<int64_t>(c) * kBytes;
-    if (left == kChunk) return f(Chunk<F>({header, blocks}, 0), kChunk / F::kGroup);
-    alignas(64) uint8_t copy[kBytes];
-    if (matrix.end - blocks < kBytes) {  // what follows the row may be read, but not what follows the weight
-      std::memcpy(copy, blocks, matrix.end - blocks);
-      blocks = copy;
-    }
-    f(Chunk<F>({header, blocks}, 0), groups);
-  } else {
-    InMemory<F::kGroup> stored;
-    unpack<F>(matrix, r, c, &stored.chunk);
-    f(stored, groups);
-  }
+// Chunk `c` of row `r` as registers; of a format that has to be unpacked, that was unpacked to memory.
+template <class F>
+inline auto chunk_of(const Matrix& matrix, int64_t r, int c, const Memory<F>& memory) {
+  if constexpr (kInRegisters<F>)
+    return Chunk<F>({matrix.header + r * matrix.header_bytes, matrix.blocks + r * matrix.row_bytes}, c);
+  else
+    return InMemory<F::kGroup>{&memory};
 }
 
-template <class F, int kCount>
-struct IntegerDot {
-  static constexpr int kAhead = 4096;  // bytes; the hardware looks ahead by itself, but within a page alone
+template <class F>
+inline int chunk_bytes(const Matrix& matrix) {
+  if constexpr (kInRegisters<F>)
+    return kChunk / F::kBlock * F::kBytes;
+  else
+    return kChunk / matrix.format->block * matrix.format->bytes;
+}
 
-  static void row(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
-    const int chunk_bytes = kChunk / matrix.format->block * matrix.format->bytes;
-    DotSums<kCount> sums;
-    const uint8_t* ahead = matrix.blocks + r * matrix.row_bytes + kAhead;
-    // What is unpacked to memory in parts can be loaded whole after a while: one chunk later.
-    InMemory<F::kGroup> stored[2];
-    if constexpr (!kInRegisters<F>) unpack<F>(matrix, r, 0, &stored[0].chunk);
-    for (int c = 0; c * kChunk < matrix.size; ++c, ahead += chunk_bytes) {
-      for (int line = 0; line < chunk_bytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_NTA);
-      if constexpr (kInRegisters<F>) {
-        with_chunk<F>(matrix, r, c, [&](const auto& weights, int groups) {
-          sums.template add<F::kGroup>(weights, x, rows, c, groups);
-        });
-      } else {
-        if ((c + 1) * kChunk < matrix.size) unpack<F>(matrix, r, c + 1, &stored[(c + 1) % 2].chunk);
-        sums.template add<F::kGroup>(stored[c % 2], x, rows, c, kChunk / F::kGroup);
+// How many groups chunk `c` of a row has.
+template <class F>
+inline int groups_in(const Matrix& matrix, int c) {
+  return static_cast<int>(std::min<int64_t>(matrix.size - static_cast<int64_t>(c) * kChunk, kChunk)) / F::kGroup;
+}
+
+// For each lane, of four neighbouring weights of 32 * i and following, the number of their group.
+template <int kGroup>
+inline __m256 of_groups(const float* numbers, int i) {
+  if constexpr (kGroup == 32) return _mm256_set1_ps(numbers[i]);
+  return _mm256_mask_mov_ps(_mm256_set1_ps(numbers[2 * i]), 0xF0, _mm256_set1_ps(numbers[2 * i + 1]));
+}
+
+// Adds up each of four registers.
+inline __m128 add_across(const __m256* x) {
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
+inline __m256 add_halves(__m256 x) { return x; }
+inline __m256 add_halves(__m512 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
+
+// The running dot products of some weight rows and some rows of activations, four at most.
+template <int kRows, int kCount>
+struct DotSums {
+  __m256 sums[kRows * kCount];
+
+  DotSums() {
+    for (int k = 0; k < kRows * kCount; ++k) sums[k] = _mm256_setzero_ps();
+  }
+
+  // Begins a chunk of which `groups` groups count: multiplies its scales by those of the activations.
+  template <int kGroup, class Source>
+  static __m256 begin(const Source& source, const Activations& x, int row, int chunk, int groups, float* scales) {
+    constexpr int kGroups = kChunk / kGroup;
+    auto offset = source.offsets();
+    if (groups < kGroups) offset = first_of(offset, groups);  // the others may be anything
+    const __m256 x_scale = _mm256_loadu_ps(x.scales_of(row) + 8 * chunk);
+    if constexpr (kGroup == 32) {
+      _mm256_store_ps(scales, _mm256_mul_ps(source.scales(), x_scale));
+      return _mm256_mul_ps(offset, _mm256_loadu_ps(x.sums32_of(row) + 8 * chunk));
+    } else {
+      const __m512i pairs = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+      _mm512_store_ps(scales, _mm512_mul_ps(source.scales(),
+                                            _mm512_permutexvar_ps(pairs, _mm512_castps256_ps512(x_scale))));
+      return add_halves(_mm512_mul_ps(offset, _mm512_loadu_ps(x.sums16_of(row) + 16 * chunk)));
+    }
+  }
+
+  // Adds weights 32 * i and following of a chunk.
+  template <int kGroup, class Source>
+  void add_part(const Source* sources, const Activations& x, const int* rows, int chunk, int i,
+                const float (*scales)[kChunk / kGroup]) {
+    for (int k = 0; k < kRows; ++k) {
+      const __m256i codes = sources[k].codes(i);
+      for (int t = 0; t < kCount; ++t) {
+        const int8_t* x_codes = x.codes_of(rows[t]) + chunk * kChunk + 32 * i;
+        const __m256i dots = _mm256_dpbusd_epi32(_mm256_setzero_si256(), codes,
+                                                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x_codes)));
+        const int at = k * kCount + t;
+        sums[at] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), of_groups<kGroup>(scales[at], i), sums[at]);
       }
     }
-    for (int t = 0; t < kCount; ++t)
-      out[t] = _mm512_reduce_add_ps(_mm512_add_ps(sums.products[t], sums.offsets[t]));
+  }
+
+  // Adds the first `groups` groups of a chunk.
+  template <int kGroup, class Source>
+  void add(const Source* sources, const Activations& x, const int* rows, int chunk, int groups) {
+    alignas(64) float scales[kRows * kCount][kChunk / kGroup];
+    for (int k = 0; k < kRows; ++k)
+      for (int t = 0; t < kCount; ++t) {
+        const int at = k * kCount + t;
+        sums[at] = _mm256_add_ps(sums[at], begin<kGroup>(sources[k], x, rows[t], chunk, groups, scales[at]));
+      }
+    if (groups == kChunk / kGroup)
+      for (int i = 0; i < 8; ++i) add_part<kGroup>(sources, x, rows, chunk, i, scales);
+    else
+      for (int i = 0; i < groups * kGroup / 32; ++i) add_part<kGroup>(sources, x, rows, chunk, i, scales);
+  }
+
+  void store(float* out) const {
+    __m256 all[4] = {};
+    std::copy_n(sums, kRows * kCount, all);
+    float totals[4];
+    _mm_storeu_ps(totals, add_across(all));
+    std::memcpy(out, totals, sizeof(float) * kRows * kCount);
   }
 };
 
-// A chunk of columns: the sums over some rows of a number times the row.
+template <class F, int kRows, int kCount>
+struct IntegerDot {
+  static constexpr int64_t kAhead = 12288;  // bytes; the hardware looks ahead by itself, but within a page alone
+
+  template <int... k>
+  static void add(const Matrix& matrix, int64_t r, int c, const Memory<F>* memory, const Activations& x,
+                  const int* rows, DotSums<kRows, kCount>* sums, std::integer_sequence<int, k...>) {
+    const decltype(chunk_of<F>(matrix, r, c, *memory)) chunks[] = {chunk_of<F>(matrix, r + k, c, memory[k])...};
+    sums->template add<F::kGroup>(chunks, x, rows, c, groups_in<F>(matrix, c));
+  }
+
+  // The products of rows `r` and following with all the activations: out [kRows, kCount].
+  [[gnu::always_inline]] static void meet(const Matrix& matrix, int64_t r, const Activations& x, const int* rows,
+                                          float* out) {
+    const int bytes = chunk_bytes<F>(matrix);
+    const uint8_t* ahead = matrix.blocks + r * matrix.row_bytes + std::max(kAhead, kRows * matrix.row_bytes);
+    DotSums<kRows, kCount> sums;
+    // What is unpacked to memory in parts can be loaded whole after a while: one chunk later.
+    Memory<F> memory[2][kRows];
+    if constexpr (!kInRegisters<F>)
+      for (int k = 0; k < kRows; ++k) unpack<F>(matrix, r + k, 0, &memory[0][k]);
+    for (int c = 0; c * kChunk < matrix.size; ++c) {
+      for (const uint8_t* end = ahead + kRows * bytes; ahead < end; ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+      if constexpr (!kInRegisters<F>)
+        for (int k = 0; k < kRows && (c + 1) * kChunk < matrix.size; ++k)
+          unpack<F>(matrix, r + k, c + 1, &memory[(c + 1) % 2][k]);
+      add(matrix, r, c, memory[c % 2], x, rows, &sums, std::make_integer_sequence<int, kRows>());
+    }
+    sums.store(out);
+  }
+};
+
+// A chunk of columns of the transposed product: the sums over rows of a number times the row. A few rows at a time:
+// what each group of their codes is multiplied by becomes whole numbers of 16 bits, which share a scale.
 template <class F>
-struct ColumnSums {
-  static constexpr int kVectors = kChunk / 16;
-  __m512 products[kVectors], offsets = _mm512_setzero_ps();  // offsets: a lane for each group
+class ColumnSums {
+ public:
+  static constexpr int kRows = 16;
 
   ColumnSums() {
-    for (int v = 0; v < kVectors; ++v) products[v] = _mm512_setzero_ps();
+    for (int v = 0; v < kChunk / 8; ++v) sums_[v] = _mm256_setzero_ps();
   }
-  static __m512 of_vector(__m512 groups, int v) {
-    return _mm512_permutexvar_ps(_mm512_set1_epi32(16 * v / F::kGroup), groups);
+
+  // Adds x[i] times chunk `c` of row `r + i`, for `count` rows.
+  void add(const Matrix& matrix, int64_t r, int count, int c, const float* x) {
+    Memory<F> memory[kRows];
+    __m512 factors[kRows], largest = _mm512_setzero_ps();
+    const int groups = groups_in<F>(matrix, c);
+    for (int i = 0; i < count; ++i) {
+      if constexpr (!kInRegisters<F>) unpack<F>(matrix, r + i, c, &memory[i]);
+      const auto chunk = chunk_of<F>(matrix, r + i, c, memory[i]);
+      const __m512 times = _mm512_set1_ps(x[i]);
+      factors[i] = _mm512_mul_ps(first_of(widen(chunk.scales()), groups), times);
+      offsets_ = _mm512_fmadd_ps(first_of(widen(chunk.offsets()), groups), times, offsets_);
+      largest = larger_magnitude(largest, factors[i]);
+    }
+    const __mmask16 usable = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
+    const __m512 inverse = _mm512_maskz_div_ps(usable, _mm512_set1_ps(kLargest), largest);
+    alignas(64) float scales[16];
+    alignas(64) float pairs[kRows / 2][16];  // of whole numbers
+    _mm512_store_ps(scales, _mm512_mul_ps(largest, _mm512_set1_ps(1 / kLargest)));
+    for (int i = 0; i < count; i += 2) _mm512_store_ps(pairs[i / 2], pair_up(factors, i, count, inverse));
+    for (int part = 0; part < (groups * F::kGroup + 31) / 32; ++part) {
+      __m256i dots[4] = {};
+      for (int i = 0; i < count; i += 2) {
+        const int next = std::min(i + 1, count - 1);
+        add_pair(chunk_of<F>(matrix, r + i, c, memory[i]).codes(part),
+                 chunk_of<F>(matrix, r + next, c, memory[next]).codes(part),
+                 _mm256_castps_si256(of_groups<F::kGroup>(pairs[i / 2], part)), dots);
+      }
+      const __m256 scale = of_groups<F::kGroup>(scales, part);
+      for (int j = 0; j < 4; ++j)
+        sums_[4 * part + j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[j]), scale, sums_[4 * part + j]);
+    }
   }
+
+  void store(float* out) const {
+    alignas(64) float offsets[16];
+    _mm512_store_ps(offsets, offsets_);
+    for (int part = 0; part < kChunk / 32; ++part) {
+      const __m256 offset = of_groups<F::kGroup>(offsets, part);
+      float columns[4][8];  // lane i of register j is column 4 * i + j
+      for (int j = 0; j < 4; ++j) _mm256_storeu_ps(columns[j], _mm256_add_ps(sums_[4 * part + j], offset));
+      for (int i = 0; i < 32; ++i) out[32 * part + i] = columns[i % 4][i / 4];
+    }
+  }
+
+ private:
+  static constexpr float kLargest = 32767;
+
   static __m512 widen(__m256 groups) { return _mm512_zextps256_ps512(groups); }
   static __m512 widen(__m512 groups) { return groups; }
 
-  void add(const Matrix& matrix, int64_t r, int c, float x) {
-    with_chunk<F>(matrix, r, c, [&](const auto& weights, int groups) {
-      const __m512 scale = _mm512_mul_ps(widen(first_of(weights.scales(), groups)), _mm512_set1_ps(x));
-      offsets = _mm512_fmadd_ps(widen(first_of(weights.offsets(), groups)), _mm512_set1_ps(x), offsets);
-      for (int v = 0; v < kVectors; v += 4) {
-        alignas(64) uint8_t codes[64];
-        _mm512_store_si512(codes, weights.codes(v / 4));
-        for (int i = 0; i < 4; ++i) {
-          const __m128i packed = _mm_load_si128(reinterpret_cast<const __m128i*>(codes + 16 * i));
-          const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(packed));
-          products[v + i] = _mm512_fmadd_ps(code, of_vector(scale, v + i), products[v + i]);
-        }
-      }
-    });
+  // Magnitudes are in the order of their bits, with infinity and NaN above all numbers.
+  static __m512 larger_magnitude(__m512 a, __m512 b) {
+    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(0x7FFFFFFF));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), magnitude));
   }
-  void store(float* out) const {
-    for (int v = 0; v < kVectors; ++v)
-      _mm512_storeu_ps(out + 16 * v, _mm512_add_ps(products[v], of_vector(offsets, v)));
+
+  // Factors of rows i and i + 1 as 16-bit numbers beside each other; of a row that is not there: 0.
+  static __m512 pair_up(const __m512* factors, int i, int count, __m512 inverse) {
+    const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(factors[i], inverse));
+    if (i + 1 >= count) return _mm512_castsi512_ps(_mm512_and_si512(low, _mm512_set1_epi32(0xFFFF)));
+    const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(factors[i + 1], inverse));
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_slli_epi32(high, 16)));
   }
+
+  // Codes of two rows, four columns in a lane: each column meets its pair of factors.
+  static void add_pair(__m256i a, __m256i b, __m256i factors, __m256i* dots) {
+    const __m256i low = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xAA);
+    const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xAA);
+    const __m256i bytes = _mm256_set1_epi16(255);
+    dots[0] = _mm256_dpwssd_epi32(dots[0], _mm256_and_si256(low, bytes), factors);
+    dots[1] = _mm256_dpwssd_epi32(dots[1], _mm256_srli_epi16(low, 8), factors);
+    dots[2] = _mm256_dpwssd_epi32(dots[2], _mm256_and_si256(high, bytes), factors);
+    dots[3] = _mm256_dpwssd_epi32(dots[3], _mm256_srli_epi16(high, 8), factors);
+  }
+
+  __m256 sums_[kChunk / 8];
+  __m512 offsets_ = _mm512_setzero_ps();  // a lane for each group
 };
 
 // Turns 16 rows of 16 words of four bytes into columns; rows are `stride` bytes apart.

@@ -9,29 +9,34 @@
 
 namespace MLA_ISA {
 
-template <class F, int kCount>
+template <class F, int kRows, int kCount>
 struct IntegerDot {
-  static void row(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
-    Codes<F::kGroup> weights;
-    DotSums<kCount> sums;
-    for (int c = 0; c * kChunk < matrix.size; ++c) {
-      unpack<F>(matrix, r, c, &weights);
-      sums.add(weights, x, rows, c);
+  // The products of rows `r` and following with all the activations: out [kRows, kCount].
+  static void meet(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
+    for (int k = 0; k < kRows; ++k, ++r, out += kCount) {
+      Codes<F::kGroup> weights;
+      DotSums<kCount> sums;
+      for (int c = 0; c * kChunk < matrix.size; ++c) {
+        unpack<F>(matrix, r, c, &weights);
+        sums.add(weights, x, rows, c);
+      }
+      for (int t = 0; t < kCount; ++t) out[t] = sums.result(t);
     }
-    for (int t = 0; t < kCount; ++t) out[t] = sums.result(t);
   }
 };
 
 // A chunk of columns: the sums over some rows of a number times the row.
 template <class F>
 struct ColumnSums {
+  static constexpr int kRows = 1;
   float sums[kChunk] = {};
 
-  void add(const Matrix& matrix, int64_t r, int chunk, float x) {
+  // Adds *x times chunk `c` of row `r`.
+  void add(const Matrix& matrix, int64_t r, int, int c, const float* x) {
     Codes<F::kGroup> weights;
-    unpack<F>(matrix, r, chunk, &weights);
+    unpack<F>(matrix, r, c, &weights);
     for (int g = 0; g < kChunk / F::kGroup; ++g) {
-      const float scale = x * weights.scales[g], offset = x * weights.offsets[g];
+      const float scale = *x * weights.scales[g], offset = *x * weights.offsets[g];
       for (int i = g * F::kGroup; i < (g + 1) * F::kGroup; ++i)
         sums[i] += scale * static_cast<float>(weights.codes[i]) + offset;
     }

@@ -1,4 +1,4 @@
-// Weights straight into registers for AVX-512: 64 codes at a time, and 8 or 16 scales.
+// Weights straight into registers: 32 codes at a time, and the 8 or 16 scales of a chunk.
 #pragma once
 
 #include "formats_iq4.h"
@@ -15,38 +15,31 @@ inline __m256 scales_of_blocks(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_set_epi16(s[7], s[6], s[5], s[4], s[3], s[2], s[1], s[0]));
 }
 
-// 32 bytes at p and 32 at q.
-inline __m512i join32(const uint8_t* p, const uint8_t* q) {
-  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
-  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+inline __m256i load32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+// Nibbles of 16 bytes, the low ones first.
+inline __m256i nibbles(const uint8_t* p) {
+  const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_and_si256(_mm256_srlv_epi64(twice, _mm256_setr_epi64x(0, 0, 4, 4)), _mm256_set1_epi8(15));
 }
 
-// Nibbles of 16 bytes at p, low ones first, then those of 16 bytes at q.
-inline __m512i nibbles16(const uint8_t* p, const uint8_t* q) {
-  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
-  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-  const __m512i order = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3);
-  const __m512i twice = _mm512_permutexvar_epi64(order, _mm512_castsi256_si512(both));
-  const __m512i shifts = _mm512_setr_epi64(0, 0, 0x0004000400040004, 0x0004000400040004, 0, 0, 0x0004000400040004,
-                                           0x0004000400040004);
-  return _mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(15));
+// The low nibbles of 32 bytes, or the high ones.
+inline __m256i nibbles_of(__m256i bytes, bool high) {
+  return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
 }
 
-// Nibbles of 32 bytes at p: the low ones, then the high ones.
-inline __m512i nibbles32(const uint8_t* p) {
-  const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
-  return _mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(15));
+// Nibbles and, of other bytes, the two bits above a nibble.
+inline __m256i with_high_pairs(__m256i nibbles, __m256i bytes) {
+  constexpr int kFirstOrBothOthers = 0xF8;
+  return _mm256_ternarylogic_epi32(nibbles, bytes, _mm256_set1_epi8(0x30), kFirstOrBothOthers);
 }
 
-inline __m512i non_linear(__m512i nibbles) {
-  const __m512i levels = _mm512_broadcast_i32x4(reinterpret_cast<__m128i>(kNonLinear));
-  return _mm512_shuffle_epi8(levels, nibbles);
+inline __m256i non_linear(__m256i nibbles) {
+  const __m256i levels = _mm256_broadcastsi128_si256(reinterpret_cast<__m128i>(kNonLinear));
+  return _mm256_shuffle_epi8(levels, nibbles);
 }
 
-// A whole chunk of 256 weights of a row: `codes(i)` are those of its weights 64 * i to 64 * i + 63.
+// A whole chunk of 256 weights of a row: `codes(i)` are those of its weights 32 * i to 32 * i + 31.
 template <class F>
 struct Chunk;
 
@@ -56,9 +49,7 @@ struct Chunk<Q8_0> {
   Chunk(Row row, int chunk) : p(row.blocks + chunk * 8 * Q8_0::kBytes) {}
   __m256 scales() const { return scales_of_blocks<Q8_0::kBytes>(p); }
   __m256 offsets() const { return _mm256_mul_ps(scales(), _mm256_set1_ps(-128)); }
-  __m512i codes(int i) const {
-    return _mm512_xor_si512(join32(p + 68 * i + 2, p + 68 * i + 36), _mm512_set1_epi8(-128));
-  }
+  __m256i codes(int i) const { return _mm256_xor_si256(load32(p + 34 * i + 2), _mm256_set1_epi8(-128)); }
 };
 
 template <>
@@ -67,7 +58,7 @@ struct Chunk<Q4_0> {
   Chunk(Row row, int chunk) : p(row.blocks + chunk * 8 * Q4_0::kBytes) {}
   __m256 scales() const { return scales_of_blocks<Q4_0::kBytes>(p); }
   __m256 offsets() const { return _mm256_mul_ps(scales(), _mm256_set1_ps(-8)); }
-  __m512i codes(int i) const { return nibbles16(p + 36 * i + 2, p + 36 * i + 20); }
+  __m256i codes(int i) const { return nibbles(p + 18 * i + 2); }
 };
 
 template <>
@@ -76,7 +67,7 @@ struct Chunk<IQ4_NL> {
   Chunk(Row row, int chunk) : p(row.blocks + chunk * 8 * IQ4_NL::kBytes) {}
   __m256 scales() const { return scales_of_blocks<IQ4_NL::kBytes>(p); }
   __m256 offsets() const { return _mm256_mul_ps(scales(), _mm256_set1_ps(-127)); }
-  __m512i codes(int i) const { return non_linear(nibbles16(p + 36 * i + 2, p + 36 * i + 20)); }
+  __m256i codes(int i) const { return non_linear(nibbles(p + 18 * i + 2)); }
 };
 
 template <>
@@ -91,12 +82,11 @@ struct Chunk<IQ4_KS> {
     const __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi32(254));
     return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(even, _mm256_set1_epi32(127))), _mm256_set1_ps(scale));
   }
-  __m256 offsets() const { return _mm256_mul_ps(scales(), _mm256_set1_ps(-127)); }
-  __m512i codes(int i) const {
-    const __m512i low = non_linear(nibbles16(p + 8 + 32 * i, p + 24 + 32 * i));
-    const __mmask16 raised = (p[2 * i] & 1 ? 0x00FF : 0) | (p[2 * i + 1] & 1 ? 0xFF00 : 0);
-    return _mm512_mask_add_epi32(low, raised, low, _mm512_set1_epi32(0x04040404));
+  __m256 offsets() const {  // odd bytes mean levels that are higher by 4
+    const __m256i raised = _mm256_slli_epi32(_mm256_and_si256(bytes, _mm256_set1_epi32(1)), 2);
+    return _mm256_mul_ps(scales(), _mm256_cvtepi32_ps(_mm256_sub_epi32(raised, _mm256_set1_epi32(127))));
   }
+  __m256i codes(int i) const { return non_linear(nibbles(p + 8 + 16 * i)); }
 };
 
 template <>
@@ -116,7 +106,7 @@ struct Chunk<IQ4_XS> {
                          _mm256_set1_ps(half_at(p)));
   }
   __m256 offsets() const { return _mm256_mul_ps(scales(), _mm256_set1_ps(-127)); }
-  __m512i codes(int i) const { return non_linear(nibbles16(p + 8 + 32 * i, p + 24 + 32 * i)); }
+  __m256i codes(int i) const { return non_linear(nibbles(p + 8 + 16 * i)); }
 };
 
 // The 8 six-bit scales and 8 minima of a q4_K or q5_K block.
@@ -142,24 +132,20 @@ struct Chunk<Q4_K> {
   Chunk(Row row, int chunk) : p(row.blocks + chunk * Q4_K::kBytes) { six_bit_scales(p, &scale, &offset); }
   __m256 scales() const { return scale; }
   __m256 offsets() const { return offset; }
-  __m512i codes(int i) const { return nibbles32(p + 16 + 32 * i); }
+  __m256i codes(int i) const { return nibbles_of(load32(p + 16 + 32 * (i / 2)), i % 2); }
 };
 
 template <>
 struct Chunk<Q5_K> {
   const uint8_t* p;
   __m256 scale, offset;
-  __m512i high;
-  Chunk(Row row, int chunk) : p(row.blocks + chunk * Q5_K::kBytes) {
-    six_bit_scales(p, &scale, &offset);
-    high = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
-  }
+  Chunk(Row row, int chunk) : p(row.blocks + chunk * Q5_K::kBytes) { six_bit_scales(p, &scale, &offset); }
   __m256 scales() const { return scale; }
   __m256 offsets() const { return offset; }
-  __m512i codes(int i) const {
-    const __m512i bit = _mm512_inserti64x4(_mm512_set1_epi8(1 << (2 * i)), _mm256_set1_epi8(2 << (2 * i)), 1);
-    const __m512i low = nibbles32(p + 48 + 32 * i);
-    return _mm512_mask_add_epi8(low, _mm512_test_epi8_mask(high, bit), low, _mm512_set1_epi8(16));
+  __m256i codes(int i) const {
+    const __m256i low = nibbles_of(load32(p + 48 + 32 * (i / 2)), i % 2);
+    const __mmask32 raised = _mm256_test_epi8_mask(load32(p + 16), _mm256_set1_epi8(static_cast<char>(1 << i)));
+    return _mm256_mask_add_epi8(low, raised, low, _mm256_set1_epi8(16));
   }
 };
 
@@ -169,15 +155,12 @@ struct Chunk<Q6_0> {
   Chunk(Row row, int chunk) : p(row.blocks + chunk * 8 * Q6_0::kBytes) {}
   __m256 scales() const { return scales_of_blocks<Q6_0::kBytes>(p); }
   __m256 offsets() const { return _mm256_mul_ps(scales(), _mm256_set1_ps(-32)); }
-  __m512i codes(int i) const {
-    const uint8_t* a = p + 52 * i;
-    uint64_t first, second;
-    std::memcpy(&first, a + 2, 8);
-    std::memcpy(&second, a + 28, 8);
-    const __m512i both = _mm512_setr_epi64(first, first, first, first, second, second, second, second);
-    const __m512i high = _mm512_srlv_epi64(both, _mm512_setr_epi64(0, 4, 2, 6, 0, 4, 2, 6));
-    const __m512i bits = _mm512_slli_epi16(_mm512_and_si512(high, _mm512_set1_epi8(3)), 4);
-    return _mm512_or_si512(nibbles16(a + 10, a + 36), bits);
+  __m256i codes(int i) const {
+    const uint8_t* block = p + 26 * i;
+    long long high;
+    std::memcpy(&high, block + 2, 8);
+    const __m256i pairs = _mm256_rolv_epi64(_mm256_set1_epi64x(high), _mm256_setr_epi64x(4, 0, 2, 62));
+    return with_high_pairs(nibbles(block + 10), pairs);
   }
 };
 
@@ -190,16 +173,12 @@ struct Chunk<Q6_K> {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(bytes), _mm512_set1_ps(half_at(p + 208)));
   }
   __m512 offsets() const { return _mm512_mul_ps(scales(), _mm512_set1_ps(-32)); }
-  __m512i codes(int i) const {
-    const int half = i / 2, high_nibble = i % 2;
-    const __m512i low = _mm512_loadu_si512(p + 64 * half);
-    const __m512i part = _mm512_and_si512(high_nibble ? _mm512_srli_epi16(low, 4) : low, _mm512_set1_epi8(15));
-    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 128 + 32 * half));
-    const __m512i twice = _mm512_broadcast_i64x4(packed);
-    const __m512i shifts = high_nibble ? _mm512_inserti64x4(_mm512_set1_epi16(4), _mm256_set1_epi16(6), 1)
-                                       : _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(2), 1);
-    const __m512i bits = _mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(3));
-    return _mm512_or_si512(part, _mm512_slli_epi16(bits, 4));
+  __m256i codes(int i) const {
+    const int half = i / 4, quarter = i % 4;
+    const __m256i low = nibbles_of(load32(p + 64 * half + 32 * (quarter % 2)), quarter / 2);
+    const __m256i high = load32(p + 128 + 32 * half);
+    return with_high_pairs(low, quarter < 2 ? _mm256_slli_epi16(high, 4 - 2 * quarter)
+                                            : _mm256_srli_epi16(high, 2 * quarter - 4));
   }
 };
 
