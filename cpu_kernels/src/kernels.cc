@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "attention.h"
@@ -20,7 +21,8 @@
 
 namespace MLA_ISA {
 
-constexpr int kManyActivations = 8;  // from here on building panels pays
+constexpr int kManyActivations = 8;    // from here on building panels pays
+constexpr int64_t kLongRow = 1280;     // bytes
 
 // The largest of 16 numbers, and their sum.
 inline int32_t largest_of(Ints x) {
@@ -81,21 +83,20 @@ void multiply_few(const Matrix& matrix, int64_t begin, int64_t end, const Select
                   int64_t stride) {
   int rows[kCount];
   for (int t = 0; t < kCount; ++t) rows[t] = x.row(first + t);
-  const auto store = [&](int64_t r, int count, const float* dots) {
-    for (int k = 0; k < count; ++k)
-      for (int t = 0; t < kCount; ++t) out[(first + t) * stride + r + k] = dots[k * kCount + t];
-  };
-  constexpr int kRows = 4 / kCount;  // sums are added up across their registers four at a time
-  float dots[kRows * kCount];
   int64_t r = begin;
-  for (; r + kRows <= end; r += kRows) {
-    Dot<F, kRows, kCount>::meet(matrix, r, *x.source, rows, dots);
-    store(r, kRows, dots);
-  }
-  for (; r < end; ++r) {
-    Dot<F, 1, kCount>::meet(matrix, r, *x.source, rows, dots);
-    store(r, 1, dots);
-  }
+  const auto meet = [&](auto rows_at_once) {
+    constexpr int kRows = rows_at_once;
+    for (; r + kRows <= end; r += kRows) {
+      float dots[kRows * kCount];
+      Dot<F, kRows, kCount>::meet(matrix, r, *x.source, rows, dots);
+      for (int k = 0; k < kRows; ++k)
+        for (int t = 0; t < kCount; ++t) out[(first + t) * stride + r + k] = dots[k * kCount + t];
+    }
+  };
+  // Sums are added up across their registers four at a time; long rows come faster from memory if they are fewer.
+  if (matrix.row_bytes < kLongRow) meet(std::integral_constant<int, 4 / kCount>());
+  meet(std::integral_constant<int, kCount == 1 ? 2 : 1>());
+  meet(std::integral_constant<int, 1>());
 }
 
 template <template <class, int, int> class Dot, class F>
