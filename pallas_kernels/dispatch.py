@@ -88,6 +88,14 @@ def unaddressable(**arrays: jax.Array) -> str | None:
     return None
 
 
+def shared_memory() -> int:
+    """Returns the bytes that a program may take on the GPU, or on an H100 if there is no GPU."""
+    default = 227 << 10
+    if jax.default_backend() != "gpu":
+        return default
+    return getattr(jax.devices()[0], "shared_memory_per_block_optin", default)
+
+
 @functools.cache
 def _has_kernels() -> bool:
     """Whether the GPU, if there is one, is new enough."""
