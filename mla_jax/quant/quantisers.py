@@ -2,7 +2,8 @@
 
 Each takes float32[..., blocks, n] and returns codes of the same shape, and scale and offset (None where the
 type has none) float32[..., blocks], still unrounded: codes are chosen by the unrounded scale. Codes of the
-8-bit types are signed, all others count from 0.
+8-bit types are signed, all others count from 0. GPU kernels call them too, so they do without what Pallas
+cannot lower to Triton: `rint`, gathers, `any`, optimisation barriers.
 
 q4_0, q6_0 and iq4_nl refit their scale once the codes are known: the least squares solution for codes c,
 weighted by the squares of the values, d = sum(x^2 c x) / sum(x^2 c^2).
@@ -24,13 +25,13 @@ def q8_0(x):
     largest = jnp.max(jnp.abs(x), axis=-1)
     inverse = 127.0 / largest
     inverse = jnp.where(jnp.isfinite(inverse), inverse, 0.0)  # of zeros, or numbers too small for a scale
-    return jnp.rint(x * inverse[..., None]), _divide(largest, 127.0), None
+    return _nearest(x * inverse[..., None], -128.0, 127.0), _divide(largest, 127.0), None
 
 
 def q8_kv(x):
     """As `q8_0`, but codes come from the reciprocal of the rounded scale; a block is a whole row."""
     scale = _divide(jnp.max(jnp.abs(x), axis=-1), 127.0)
-    return jnp.rint(x * _inverse(scale, 1.0)[..., None]), scale, None
+    return _nearest(x * _inverse(scale, 1.0)[..., None], -128.0, 127.0), scale, None
 
 
 def q6_0(x):
@@ -58,7 +59,7 @@ def q4_0(x):
     largest, smallest = jnp.max(x, axis=-1), jnp.min(x, axis=-1)
     extreme = jnp.where(jnp.abs(largest) > jnp.abs(smallest), largest, smallest)
     inverse = jnp.where(jnp.abs(extreme) > 1e-13, _inverse(extreme, -8.0), 0.0)
-    codes = jnp.minimum(jnp.rint(x * inverse[..., None]), 7.0)
+    codes = _nearest(x * inverse[..., None], -8.0, 7.0)
     return codes + 8.0, _refit(x, codes, x * x, extreme / -8.0), None
 
 
@@ -71,17 +72,20 @@ def iq4_nl(x):
     """Takes the nearest of 16 uneven levels, refits, then moves single codes as long as the fit improves."""
     extreme = _extreme(x)
     scaled = x * _inverse(extreme, float(VALUES_4[0]))[..., None]
-    codes = jnp.searchsorted(jnp.asarray(_MIDPOINTS), scaled, side="right").astype(jnp.int32)
+    codes = sum((scaled >= float(midpoint)).astype(jnp.int32) for midpoint in _MIDPOINTS)
     codes = jnp.where(extreme[..., None] == 0, 0, codes)
     state = codes, *_fit(x, _level(codes), x * x), extreme != 0
     step = lambda i_state: (i_state[0] + 1, _move_one_code(x, *i_state[1]))
-    goes_on = lambda i_state: jnp.any(i_state[1][-1]) & (i_state[0] < _MAX_MOVES)
+    goes_on = lambda i_state: _any(i_state[1][-1]) & (i_state[0] < _MAX_MOVES)
     _, (codes, along, length, _) = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state))
     return codes, jnp.where(length > 0, along / length, 0.0), None
 
 
 def _level(codes):
-    return jnp.take(jnp.asarray(VALUES_4), codes, axis=0)
+    level = jnp.full(codes.shape, float(VALUES_4[0]))
+    for code, value in enumerate(VALUES_4[1:], start=1):
+        level = jnp.where(codes >= code, float(value), level)
+    return level
 
 
 def _move_one_code(x, codes, along, length, moves):
@@ -102,7 +106,7 @@ def _move_one_code(x, codes, along, length, moves):
     old, new = pick(level), pick(level) + pick(change)
     new_along = along + pick(weight) * pick(x) * (new - old)
     new_length = length + pick(weight) * (new * new - old * old)
-    improves = jnp.any(is_possible, axis=-1) & (new_length > 0)
+    improves = _any(is_possible, axis=-1) & (new_length > 0)
     improves &= new_along * new_along > scale * along * new_length
     moves &= improves
     codes = jnp.where(moves[..., None] & chosen, moved, codes)
@@ -130,7 +134,9 @@ def _from_minimum(x, largest_code):
 
 def _extreme(x):
     """Returns the number of largest magnitude of each block with its sign, of several the first."""
-    return jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), axis=-1, keepdims=True), axis=-1)[..., 0]
+    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    is_extreme = places == jnp.argmax(jnp.abs(x), axis=-1, keepdims=True)
+    return jnp.sum(jnp.where(is_extreme, x, 0.0), axis=-1)
 
 
 def _inverse(extreme, code):
@@ -140,8 +146,23 @@ def _inverse(extreme, code):
 
 
 def _divide(x, constant):
-    """Divides; without the barrier XLA would multiply by the rounded reciprocal."""
-    return x / jax.lax.optimization_barrier(jnp.full(x.shape, constant, x.dtype))
+    """Divides; were the divisor a constant, XLA would multiply by its rounded reciprocal."""
+    return x / jnp.where(jnp.isnan(x), x, constant)
+
+
+def _nearest(x, smallest, largest):
+    """Rounds to whole numbers in a range of less than 2**23, ties to even.
+
+    The sum has no bits for a fraction. Its sign hides from XLA that it could be left out, and the clip comes
+    first so that no compiler fuses it with the product that `x` is.
+    """
+    x = jnp.clip(x, smallest, largest)
+    shift = jnp.where(x < 0, -(2.0**23), 2.0**23)
+    return (x + shift) - shift
+
+
+def _any(conditions, axis=None):
+    return jnp.max(conditions.astype(jnp.int32), axis=axis) > 0
 
 
 def _fit(x, codes, weights):
