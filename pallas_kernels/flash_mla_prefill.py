@@ -46,25 +46,27 @@ class Config:
           shared_memory: bytes that a program may take.
         """
         fits = lambda config: config._shared_memory(widths, itemsize, shared_memory) <= shared_memory
-        config = next(filter(fits, _CONFIGS), _CONFIGS[-1])
+        configs = _CONFIGS if itemsize < 4 else _CONFIGS[-2:]  # float32 has no tensor cores: its sums spill
+        config = next(filter(fits, configs), _CONFIGS[-1])
         if queries > config.block_t // 2:
             return config
         block_t = max(MIN_WIDTH, pl.next_power_of_2(queries))
         return dataclasses.replace(config, block_t=block_t, num_warps=4)
 
     def _shared_memory(self, widths, itemsize, limit):
-        """Estimates the bytes: a tile of queries, and tiles of keys and values for each stage."""
+        """Estimates the bytes: tiles of queries and weights, and of keys and values for each stage."""
         H, P, V = widths
-        in_flight = self.num_stages if limit > _AMPERE_SHARED_MEMORY else self.num_stages - 1
-        return itemsize * (self.block_t * (H + P) + in_flight * self.block_s * (H + P + V))
+        in_flight = self.num_stages if limit > _AMPERE_SHARED_MEMORY else max(2, self.num_stages - 1)
+        once = self.block_t * (H + P + self.block_s)
+        return itemsize * (once + in_flight * self.block_s * (H + P + V))
 
 
 _AMPERE_SHARED_MEMORY = 163 << 10  # up to there registers hold the tile in use: one stage less is kept
 _CONFIGS = (
     Config(),
     Config(num_stages=2),
-    Config(block_s=32, num_stages=2),
-    Config(block_t=64, block_s=32, num_warps=4, num_stages=2),
+    Config(block_s=32),
+    Config(block_t=64, block_s=32, num_warps=4),
     Config(block_t=32, block_s=32, num_warps=4, num_stages=2),
     Config(block_t=16, block_s=16, num_warps=4, num_stages=2),
 )
