@@ -286,10 +286,8 @@ def merge(out_a, lse_a, out_b, lse_b):
     a, b = jnp.exp(lse_a - most), jnp.exp(lse_b - most)
     is_some = a + b != 0
     total = jnp.where(is_some, a + b, 1.0)
-    out = (
-        out_a.astype(jnp.float32) * (a / total)[..., None]
-        + out_b.astype(jnp.float32) * (b / total)[..., None]
-    )
+    out = out_a.astype(jnp.float32) * (a / total)[..., None]
+    out += out_b.astype(jnp.float32) * (b / total)[..., None]
     return out.astype(out_a.dtype), jnp.where(is_some, most + jnp.log(total), -jnp.inf)
 
 
