@@ -102,14 +102,14 @@ def test_kernel_reads_a_rope_of_bf16(name):
     check_equal(run(**case, implementation="interpret"), definition(case), TOLERANCE["bf16"])
 
 
-@pytest.mark.parametrize(("T", "heads"), [(4, 3), (8, 4), (8, 20)])
+@pytest.mark.parametrize(("T", "heads"), [(4, 3), (8, 20)])
 def test_kernel_takes_a_few_tokens(T, heads):
     case = make_case((0, 1, T, G + 2), T=T, heads=heads)
     check_equal(run(**case, implementation="interpret"), definition(case), 3e-3)
 
 
 @pytest.mark.parametrize("name", ["q4_0", "bf16"])
-@pytest.mark.parametrize(("splits", "prefetch"), [(2, False), (3, True), (8, True)])
+@pytest.mark.parametrize(("splits", "prefetch"), [(2, False), (8, True)])
 def test_splits_change_nothing(name, prefetch, splits):
     case = make_case(LENGTHS, T=2, latent_type=name)
     config = op.Config(slots=16, prefetch=prefetch)
@@ -152,9 +152,7 @@ def test_positions_past_the_table_see_what_there_is(implementation):
 
 
 @pytest.mark.parametrize("latent_type", CACHE_TYPES)
-@pytest.mark.parametrize(
-    ("heads", "rope"), [*((n, "own") for n in (16, 20, 64, 128)), (16, "bf16")]
-)
+@pytest.mark.parametrize(("heads", "rope"), [*((n, "own") for n in (16, 20, 64, 128)), (16, "bf16")])
 def test_lowers_for_a_gpu(latent_type, heads, rope):
     rope_type = latent_type if rope == "own" else rope
     shapes = jax.eval_shape(lambda: _arrays(latent_type, heads, rope_type))
