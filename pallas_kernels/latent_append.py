@@ -17,6 +17,10 @@ from jax.experimental import pallas as pl
 from pallas_kernels import cache_tiles, dispatch
 from pallas_kernels.cache_tiles import Part
 
+# From float32[..., blocks, block] to whole codes of that shape, and scale and offset (or None)
+# float32[..., blocks], by operations that lower in kernels. None for a type without codes.
+Quantiser = Callable | None
+
 _LARGEST = 2.0**24  # no float16 scale reaches further, and its square times itself is finite in float32
 
 
@@ -40,7 +44,7 @@ class _Store:
     name: str
     dtype: jnp.dtype
     rotation: int | None
-    quantise: Callable | None
+    quantise: Quantiser
 
 
 # --- 1. reference: defines the result ---------------------------------------------------------
@@ -224,22 +228,22 @@ def cost(*, tokens: int, rank: int, rope: int, row_bytes: int) -> pl.CostEstimat
     ),
 )
 def latent_append(
-    latent: jax.Array,
-    rope: jax.Array,
-    norm: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    pages: jax.Array,
-    slots: jax.Array,
+    latent,
+    rope,
+    norm,
+    cos,
+    sin,
+    pages,
+    slots,
     latent_pool: Part,
     rope_pool: Part,
     *,
     latent_type: str,
     rope_type: str,
     epsilon: float,
+    quantisers: tuple[Quantiser, Quantiser] = (None, None),
     latent_rotation: int | None = None,
     rope_rotation: int | None = None,
-    quantisers: tuple[Callable | None, Callable | None] = (None, None),
     implementation: str | None = None,
     config: Config | None = None,
 ) -> tuple[Part, Part]:
@@ -261,9 +265,7 @@ def latent_append(
       epsilon: of the RMSNorm.
       latent_rotation: runs of this many numbers are Hadamard-rotated first; a power of two that divides R.
       rope_rotation: the same, after the rotation by position.
-      quantisers: of latent and rope, None where the type has no codes. One takes float32[..., blocks, block]
-        of at most 2**24, and returns whole codes of that shape, scale and offset (or None)
-        float32[..., blocks], by operations that lower in kernels.
+      quantisers: of latent and rope; they get numbers of at most 2**24.
       implementation: None (by platform), "reference", "triton" or "interpret".
       config: tunables; None takes those for R.
 
@@ -275,11 +277,9 @@ def latent_append(
       ValueError: for an unknown `implementation`.
       NotImplementedError: if the kernel is asked for and cannot take these shapes.
     """
-    settings = dict(
-        epsilon=epsilon,
-        latent_store=_Store(latent_type, latent_pool[0].dtype, latent_rotation, quantisers[0]),
-        rope_store=_Store(rope_type, rope_pool[0].dtype, rope_rotation, quantisers[1]),
-    )
+    latent_store = _Store(latent_type, latent_pool[0].dtype, latent_rotation, quantisers[0])
+    rope_store = _Store(rope_type, rope_pool[0].dtype, rope_rotation, quantisers[1])
+    settings = dict(epsilon=epsilon, latent_store=latent_store, rope_store=rope_store)
     return dispatch.run(
         implementation,
         *(latent, rope, norm, cos, sin, pages, slots, latent_pool, rope_pool),
