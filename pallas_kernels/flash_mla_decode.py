@@ -231,6 +231,17 @@ def _largest_power(number):
     return number & -number
 
 
+def _default_config(q, latent, pages, latent_type):
+    B, T, N, _ = q.shape
+    return Config.for_shapes(
+        batch=B,
+        pairs=T * N,
+        slots=pages.shape[1] * latent[0].shape[1],
+        latent_type=latent_type,
+        shared_memory=dispatch.shared_memory(),
+    )
+
+
 def _unsupported(q, q_rope, latent, rope, latent_type, rope_type):
     page_size = latent[0].shape[1]
     if page_size % _LEAST:
@@ -320,14 +331,7 @@ def flash_mla_decode(
       ValueError: for an unknown `implementation`.
       NotImplementedError: if the kernel is asked for and cannot take these shapes.
     """
-    B, T, N, _ = q.shape
-    config = config or Config.for_shapes(
-        batch=B,
-        pairs=T * N,
-        slots=pages.shape[1] * latent[0].shape[1],
-        latent_type=latent_type,
-        shared_memory=dispatch.shared_memory(),
-    )
+    config = config or _default_config(q, latent, pages, latent_type)
     settings = dict(latent_type=latent_type, rope_type=rope_type, sm_scale=sm_scale)
     return dispatch.run(
         implementation,
