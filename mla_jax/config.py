@@ -180,6 +180,7 @@ class RunConfig:
     hadamard_size: int | None = None  # numbers of a latent rotated together before they are quantised
     attention_max_batch: int = 256  # MiB for the scores, keys and values of some heads at a time; 0: no limit
     group_routing: bool = True  # False: ignore expert groups, as ik_llama.cpp does
+    gpu_kernels: bool | None = None  # whether to trace them, which takes time; None: if JAX's device is a GPU
 
     def __post_init__(self):
         if self.mla not in list(MLAMode):

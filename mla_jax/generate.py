@@ -23,6 +23,7 @@ from mla_jax import expert_reduction as reduction_lib
 from mla_jax.cache import Cache, init_cache
 from mla_jax.completion import Completion, Piece, Timings
 from mla_jax.config import ModelConfig, RunConfig
+from mla_jax.nn.transformer import lay_out
 
 PACKAGED_MODEL = pathlib.Path(__file__).parent / "models" / "python-stdlib-15m-q8_0.gguf"
 DEFAULT_CTX_SIZE = 8192
@@ -63,7 +64,7 @@ class Model:
                 f"the vocabulary must have the {config.vocab_size} tokens of the embedding, "
                 f"got {len(vocabulary.tokens)}."
             )
-        self.params, self.config, self.run = params, config, run
+        self.params, self.config, self.run = lay_out(params, run), config, run
         self.ctx_size, self.timings = ctx_size, Timings()
         self.expert_reduction = reduction_lib.per_layer(config, None)
         self.tokenizer = tokenizer.Tokenizer(vocabulary)

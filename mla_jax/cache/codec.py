@@ -107,6 +107,21 @@ def type_of(stored: Stored) -> str:
     return next(name for name, dtype in PLAIN.items() if stored.dtype == dtype)
 
 
+def parts(stored: Stored) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns low, high, scale and offset as kernels take them; uint8[0] for what a type lacks."""
+    none = jnp.zeros((0,), jnp.uint8)
+    if not isinstance(stored, Codes):
+        return stored, none, none, none
+    arrays = stored.low, stored.high, stored.scale, stored.offset
+    return tuple(none if array is None else array for array in arrays)
+
+
+def from_parts(arrays: tuple[jax.Array, ...], name: str) -> Stored:
+    """Returns what `parts` took apart, of the cache type `name`."""
+    low, high, scale, offset = (array if array.size else None for array in arrays)
+    return low if name in PLAIN else Codes(low=low, high=high, scale=scale, offset=offset, type=name)
+
+
 def encode(values: jax.Array, name: str) -> Stored:
     """Returns `values`, float[..., n], in the cache type `name`.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import cpu_kernels
 from mla_jax import quant
 from mla_jax.quant import dispatch
+from pallas_kernels import grouped_matmul
 
 
 def read_weight(module: nn.Module, name: str, init, shape):
@@ -38,17 +39,32 @@ class Linear(nn.Module):
         return quant.matmul(x, read_weight(self, "weight", init, (self.features, x.shape[-1])))
 
 
+class NormWeight(nn.Module):
+    """The weight f32[size] of a norm, for who normalises otherwise than by `RMSNorm`."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self):
+        return read_weight(self, "weight", nn.initializers.ones, (self.size,)).astype(jnp.float32)
+
+
+def rms_norm(x, weight, epsilon: float):
+    """Divides x [..., n] by the root mean square of its last axis and multiplies by `weight` f32[n]."""
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    return x * jnp.broadcast_to(weight, x.shape)
+
+
 class RMSNorm(nn.Module):
-    """Divides by the root mean square of the last axis and multiplies by `weight`."""
+    """Normalises by `rms_norm` with a weight of its own."""
 
     epsilon: float
 
     @nn.compact
     def __call__(self, x):
         weight = read_weight(self, "weight", nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return x * jnp.broadcast_to(weight.astype(jnp.float32), x.shape)
+        return rms_norm(x, weight.astype(jnp.float32), self.epsilon)
 
 
 class Stored(nn.Module):
@@ -74,6 +90,25 @@ def gated_ffn(x, weights):
     else:
         gate, up = quant.matmul(x, weights["gate"]), quant.matmul(x, weights["up"])
     return quant.matmul(jax.nn.silu(gate) * up, weights["down"])
+
+
+def gated_ffn_on_gpu(x, experts, weights):
+    """`gated_ffn` of tiles x [Y, M, D], each by the weights [E, ...] of its expert i32[Y], in two kernels."""
+    gate, down = weights.get("gate_up", weights.get("gate")), weights["down"]
+    up = weights.get("up", gate)
+    middle = grouped_matmul.grouped_gated(
+        x,
+        gate.planes,
+        None if "gate_up" in weights else up.planes,
+        experts,
+        formats=(gate.format, up.format),
+    )
+    return grouped_matmul.grouped_matmul(middle, down.planes, experts, format=down.format)
+
+
+def _one_expert_on_gpu(x, weights):
+    experts = jax.tree.map(lambda leaf: leaf[None], weights)
+    return gated_ffn_on_gpu(x[None], jnp.zeros((1,), jnp.int32), experts)[0]
 
 
 def experts_on_cpu(x, ids, weights, experts):
@@ -104,5 +139,6 @@ class SwiGLU(nn.Module):
             "down": Stored((D, F), self.out_init_scale, name="down")(),
         }
         x_XD = x.reshape(-1, D)
-        ways = dict(cpu=_one_expert_on_cpu, default=gated_ffn)
+        is_planar = all(isinstance(weight, quant.PlanarTensor) for weight in weights.values())
+        ways = dict(cpu=_one_expert_on_cpu, cuda=_one_expert_on_gpu if is_planar else None, default=gated_ffn)
         return dispatch.run(x_XD, weights, weights=weights.values(), **ways).reshape(x.shape)

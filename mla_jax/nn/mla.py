@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from mla_jax.cache import HeadRows, LatentRows, rotate
 from mla_jax.config import MLAMode, ModelConfig, RunConfig
-from mla_jax.nn import mla_on_cpu
+from mla_jax.nn import mla_on_cpu, mla_on_gpu
 from mla_jax.nn import rope as rope_lib
-from mla_jax.nn.layers import Linear, RMSNorm, Stored
+from mla_jax.nn.layers import Linear, NormWeight, RMSNorm, Stored, rms_norm
 from mla_jax.nn.up_projections import UpProjections
 from mla_jax.quant import dispatch
 
@@ -177,18 +177,19 @@ class MLAttention(nn.Module):
         mla = self.config.mla
         scale = rope_lib.softmax_scale(self.config.rope, mla.qk_head_dim)
         q_BTNH, qr_BTNP = self._queries(x, positions)
-        latent_BTR, rope_BTP = self._latents(x, positions)
+        raw = self._latents(x)
         up = self._up_projections()
         rotation = None if rows is None else self.run.latent_rotation
         kwargs = dict(sm_scale=scale, chunk=self._chunk(rows, x.shape[1]), rotation=rotation)
         is_cached = rows is not None
         if rows is None:
+            latent_BTR, rope_BTP = self._finish(raw, positions)
             rows = LatentRows(latent=latent_BTR, rope=rope_BTP)
         elif isinstance(rows, LatentRows):
-            qr_BTNP, rope_BTP = (rotate(part, self.run.rope_rotation) for part in (qr_BTNP, rope_BTP))
-            rows = rows.append(rotate(latent_BTR, rotation), rope_BTP, slots)
+            qr_BTNP = rotate(qr_BTNP, self.run.rope_rotation)
+            rows = self._append(rows, raw, positions, slots)
         else:
-            k_BTNA, v_BTNV = expand(latent_BTR, rope_BTP, *up.decode())
+            k_BTNA, v_BTNV = expand(*self._finish(raw, positions), *up.decode())
             rows = rows.append(rotate(k_BTNA, rotation), v_BTNV, slots)
         if isinstance(rows, HeadRows):
             o_BTNV = attend_heads(q_BTNH, qr_BTNP, rows, positions, **kwargs)
@@ -202,26 +203,39 @@ class MLAttention(nn.Module):
         expands = self._expands(q_BTNH.shape[1])
         attend = attend_expanded if expands else attend_absorbed
 
+        B, T, _, _ = q_BTNH.shape
+        settings = dict(sm_scale=kwargs["sm_scale"], rotation=kwargs["rotation"])
+        expanded = self.config.mla.qk_head_dim + self.config.mla.v_head_dim
+
         def default(q, q_rope, rows, up, positions):
-            return self._in_head_groups(attend, q, q_rope, rows, *up.decode(), positions, **kwargs)
+            bytes_per_head = 4 * B * kwargs["chunk"] * (T + expanded if expands else T)
+            return self._in_head_groups(
+                functools.partial(attend, **kwargs), bytes_per_head, q, q_rope, rows, up, positions
+            )
+
+        def on_gpu(q, q_rope, rows, up, positions):
+            attend = mla_on_gpu.attend_expanded if expands else mla_on_gpu.attend_absorbed
+            bytes_per_head = 2 * B * mla_on_gpu.slots_at_a_time(rows) * expanded if expands else 0
+            return self._in_head_groups(
+                functools.partial(attend, **settings), bytes_per_head, q, q_rope, rows, up, positions
+            )
 
         args = q_BTNH, qr_BTNP, rows, up, positions
-        if is_cached and self.run.flash:
-            kernel = mla_on_cpu.attend_expanded if expands else mla_on_cpu.attend_absorbed
-            settings = dict(sm_scale=kwargs["sm_scale"], rotation=kwargs["rotation"])
-            return dispatch.run(*args, cpu=functools.partial(kernel, **settings), default=default)
-        return default(*args)
+        if not is_cached or not self.run.flash:
+            return default(*args)
+        on_cpu = mla_on_cpu.attend_expanded if expands else mla_on_cpu.attend_absorbed
+        cuda = on_gpu if dispatch.for_gpu(self.run.gpu_kernels) else None
+        return dispatch.run(*args, cpu=functools.partial(on_cpu, **settings), cuda=cuda, default=default)
 
-    def _in_head_groups(self, attend, q_BTNH, qr_BTNP, rows, k_up, v_up, positions, **kwargs):
+    def _in_head_groups(self, attend, bytes_per_head, q_BTNH, qr_BTNP, rows, up, positions):
         """Attends some heads after the other, so that what is held at a time fits `attention_max_batch`."""
-        B, T, N, _ = q_BTNH.shape
-        per_slot = T if attend is attend_absorbed else T + self.config.mla.qk_head_dim + v_up.shape[1]
-        groups = head_groups(N, 4 * B * kwargs["chunk"] * per_slot, self.run.attention_max_batch)
+        N, (k_up, v_up) = q_BTNH.shape[2], up.decode()
+        groups = head_groups(N, bytes_per_head, self.run.attention_max_batch)
         if groups == 1:
-            return attend(q_BTNH, qr_BTNP, rows, k_up, v_up, positions, **kwargs)
+            return attend(q_BTNH, qr_BTNP, rows, k_up, v_up, positions)
         split = lambda part, axis: jnp.stack(jnp.split(part, groups, axis))
         parts = split(q_BTNH, 2), split(qr_BTNP, 2), split(k_up, 0), split(v_up, 0)
-        one = lambda part: attend(part[0], part[1], rows, part[2], part[3], positions, **kwargs)
+        one = lambda part: attend(part[0], part[1], rows, part[2], part[3], positions)
         return jnp.concatenate(jax.lax.map(one, parts), axis=2)
 
     def _queries(self, x, positions):
@@ -236,12 +250,34 @@ class MLAttention(nn.Module):
         q_BTNH, qr_BTNP = jnp.split(q_BTNA, [mla.qk_nope_head_dim], axis=-1)
         return q_BTNH, rope_lib.rotate(qr_BTNP, positions, self._frequencies())
 
-    def _latents(self, x, positions):
+    def _latents(self, x):
+        """Returns latents [B, T, R] and rotary parts [B, T, P] of keys, both raw, and the norm's weight."""
         mla = self.config.mla
         kv_a = Linear(mla.kv_lora_rank + mla.qk_rope_head_dim, name="kv_a")(x)
         latent_BTR, rope_BTP = jnp.split(kv_a, [mla.kv_lora_rank], axis=-1)
-        latent_BTR = RMSNorm(self.config.norm_epsilon, name="kv_a_norm")(latent_BTR)
-        return latent_BTR, rope_lib.rotate(rope_BTP, positions, self._frequencies())
+        return latent_BTR, rope_BTP, NormWeight(mla.kv_lora_rank, name="kv_a_norm")()
+
+    def _finish(self, raw, positions):
+        latent_BTR, rope_BTP, norm = raw
+        rope_BTP = rope_lib.rotate(rope_BTP, positions, self._frequencies())
+        return rms_norm(latent_BTR, norm, self.config.norm_epsilon), rope_BTP
+
+    def _append(self, rows, raw, positions, slots):
+        rotations = dict(latent_rotation=self.run.latent_rotation, rope_rotation=self.run.rope_rotation)
+
+        def default(rows, raw, positions, slots):
+            latent_BTR, rope_BTP = self._finish(raw, positions)
+            latent_BTR = rotate(latent_BTR, self.run.latent_rotation)
+            return rows.append(latent_BTR, rotate(rope_BTP, self.run.rope_rotation), slots)
+
+        def on_gpu(rows, raw, positions, slots):
+            angles = rope_lib.cos_and_sin(positions, self._frequencies())
+            return mla_on_gpu.append(
+                rows, *raw, *angles, slots, epsilon=self.config.norm_epsilon, **rotations
+            )
+
+        cuda = on_gpu if dispatch.for_gpu(self.run.gpu_kernels) else None
+        return dispatch.run(rows, raw, positions, slots, cuda=cuda, default=default)
 
     def _frequencies(self):
         return rope_lib.inverse_frequencies(self.config.rope, self.config.mla.qk_rope_head_dim)

@@ -60,19 +60,10 @@ def _to_values(o_XNR, up):
 
 def _cache(rows, positions):
     return dict(
-        latent=_part(rows.latent),
-        rope=_part(rows.rope),
+        latent=codec.parts(rows.latent),
+        rope=codec.parts(rows.rope),
         latent_type=codec.type_of(rows.latent),
         rope_type=codec.type_of(rows.rope),
         pages=rows.table(positions.shape[0]),
         positions=positions,
     )
-
-
-def _part(stored):
-    """Returns low, high, scale and offset; what a type lacks is empty."""
-    none = jnp.zeros((0,), jnp.uint8)
-    if not isinstance(stored, codec.Codes):
-        return stored, none, none, none
-    parts = stored.low, stored.high, stored.scale, stored.offset
-    return tuple(none if part is None else part for part in parts)

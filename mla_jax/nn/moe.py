@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mla_jax import quant
 from mla_jax.config import ModelConfig, MoEConfig, RunConfig
-from mla_jax.nn.layers import Stored, SwiGLU, experts_on_cpu, gated_ffn, read_weight
+from mla_jax.nn.layers import Stored, SwiGLU, experts_on_cpu, gated_ffn, gated_ffn_on_gpu, read_weight
 from mla_jax.quant import dispatch
 
 _MAX_TILE = 128
@@ -153,11 +153,14 @@ def grouped_ffn(x, ids, weights, experts, *, num_experts: int):
     Returns:
       f32[X, D].
     """
-    ways = dict(cpu=experts_on_cpu, default=functools.partial(_grouped_ffn, num_experts=num_experts))
+    grouped = lambda multiply: functools.partial(_grouped_ffn, num_experts=num_experts, multiply=multiply)
+    ways = dict(cpu=experts_on_cpu, cuda=None, default=grouped(_tiles_in_turn))
+    if all(isinstance(weight, quant.PlanarTensor) for weight in experts.values()):
+        ways["cuda"] = grouped(_tiles_on_gpu)
     return dispatch.run(x, ids, weights, experts, weights=experts.values(), **ways)
 
 
-def _grouped_ffn(x, ids, weights, experts, *, num_experts):
+def _grouped_ffn(x, ids, weights, experts, *, num_experts, multiply):
     x_XD = x
     tile = tile_size(ids.size, num_experts)
     expert_Y, slot_XK, num_needed = assign_tiles(ids, num_experts, tile)
@@ -165,7 +168,12 @@ def _grouped_ffn(x, ids, weights, experts, *, num_experts):
     source = jnp.full((expert_Y.size * tile,), ids.shape[0], jnp.int32)
     source = source.at[slot_XK].set(token_XK, mode="drop")
     tiles_YMD = x_XD.at[source].get(mode="fill", fill_value=0).reshape(expert_Y.size, tile, -1)
+    out_YMD = multiply(tiles_YMD, expert_Y, num_needed, experts)
+    out_XKD = out_YMD.reshape(-1, x.shape[-1]).at[slot_XK].get(mode="fill", fill_value=0)
+    return jnp.einsum("XKD,XK->XD", out_XKD, weights)
 
+
+def _tiles_in_turn(tiles_YMD, expert_Y, num_needed, experts):
     def multiply(expert, tile_MD):
         return gated_ffn(tile_MD, {name: weight[expert] for name, weight in experts.items()})
 
@@ -173,9 +181,12 @@ def _grouped_ffn(x, ids, weights, experts, *, num_experts):
         skip = lambda expert, tile_MD: jnp.zeros(tile_MD.shape, jnp.float32)
         return index + 1, jax.lax.cond(index < num_needed, multiply, skip, *expert_and_tile)
 
-    _, out_YMD = jax.lax.scan(one_tile, jnp.int32(0), (expert_Y, tiles_YMD))
-    out_XKD = out_YMD.reshape(-1, x.shape[-1]).at[slot_XK].get(mode="fill", fill_value=0)
-    return jnp.einsum("XKD,XK->XD", out_XKD, weights)
+    return jax.lax.scan(one_tile, jnp.int32(0), (expert_Y, tiles_YMD))[1]
+
+
+def _tiles_on_gpu(tiles_YMD, expert_Y, num_needed, experts):
+    """All tiles at once: those that are not needed have no expert, and their programs end at once."""
+    return gated_ffn_on_gpu(tiles_YMD, expert_Y, experts)
 
 
 class Router(nn.Module):

@@ -52,6 +52,12 @@ def softmax_scale(config: config_lib.RopeConfig, head_dim: int) -> float:
     return (config.attention_factor * (1.0 + stretch)) ** 2 / math.sqrt(head_dim)
 
 
+def cos_and_sin(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Returns both of each pair's angle, f32[B, T, P / 2], for i32[B, T] and f32[P / 2]."""
+    angle = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies)[None, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
 def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
     """Rotates the pairs (2i, 2i + 1) of the last axis by `positions * frequencies[i]`.
 
@@ -63,10 +69,9 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
     Returns:
       An array like `x`.
     """
-    angle = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies)[None, None]
+    cos, sin = cos_and_sin(positions, frequencies)
     if x.ndim == 4:
-        angle = angle[:, :, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+        cos, sin = cos[:, :, None], sin[:, :, None]
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)

@@ -10,6 +10,7 @@ from mla_jax.config import ModelConfig, RunConfig
 from mla_jax.nn.layers import Linear, RMSNorm, SwiGLU, read_weight
 from mla_jax.nn.mla import MLAttention
 from mla_jax.nn.moe import ExpertReduction, MoE
+from mla_jax.quant import dispatch
 
 
 class Layer(nn.Module):
@@ -133,6 +134,19 @@ def apply(
       the capacity is not stored: callers keep `length + T` within it.
     """
     return Transformer(config, run).apply({"params": params}, tokens, cache, None, pages, reduction)
+
+
+def lay_out(params, run: RunConfig):
+    """Returns the weights as the run reads them: for a GPU the same numbers in planes, else as they are.
+
+    Embeddings, of which rows are read, and up-projections, which are applied in two ways, stay in blocks.
+    """
+    if not dispatch.for_gpu(run.gpu_kernels):
+        return params
+    kept = {"embed", "kv_b", "k_b", "v_b"}
+    of_path = lambda path, weight: weight if kept & {entry.key for entry in path} else quant.to_planes(weight)
+    is_weight = lambda leaf: isinstance(leaf, quant.QuantizedTensor)
+    return jax.tree_util.tree_map_with_path(of_path, params, is_leaf=is_weight)
 
 
 def init_params(key: jax.Array, config: ModelConfig):

@@ -3,6 +3,17 @@
 from mla_jax.quant.encode import ENCODABLE, encode
 from mla_jax.quant.formats import FORMATS, Format
 from mla_jax.quant.matmul import matmul
-from mla_jax.quant.tensor import QuantizedTensor, decode, take_rows
+from mla_jax.quant.tensor import PlanarTensor, QuantizedTensor, decode, take_rows, to_planes
 
-__all__ = ["ENCODABLE", "FORMATS", "Format", "QuantizedTensor", "decode", "encode", "matmul", "take_rows"]
+__all__ = [
+    "ENCODABLE",
+    "FORMATS",
+    "Format",
+    "PlanarTensor",
+    "QuantizedTensor",
+    "decode",
+    "encode",
+    "matmul",
+    "take_rows",
+    "to_planes",
+]

@@ -33,24 +33,32 @@ def operands(weight: tensor.Weight) -> tuple[tuple[jax.Array, jax.Array], str]:
     return (weight.blocks, header), weight.format
 
 
-def run(*args, weights=(), cpu, default):
-    """Returns `cpu(*args)` where the code lowers for the CPU and kernels are wanted, else `default(*args)`.
+def for_gpu(wanted: bool | None) -> bool:
+    """Whether to trace the kernels of GPUs: as `wanted`, or, with None, if JAX's device is one."""
+    return jax.default_backend() == "gpu" if wanted is None else wanted
+
+
+def run(*args, weights=(), cpu=None, cuda=None, default):
+    """Returns what kernels give where the code lowers for their device and they are wanted, else `default`.
 
     Derivatives are those of `default`, at the same arguments.
 
     Args:
       *args: pytrees of arrays: all the arrays that the functions read.
-      weights: those of `args` that must have kernels.
-      cpu: the way with kernels.
+      weights: those of `args` that must have kernels on the CPU.
+      cpu: the way with kernels of the CPU, or None.
+      cuda: the way with kernels of an NVIDIA GPU, or None.
       default: the same in plain JAX.
     """
-    is_exact = jax.config.jax_default_matmul_precision in _EXACT
-    if not cpu_kernels.available() or is_exact or not has_kernel(*weights):
+    ways = {} if cuda is None else {"cuda": cuda}
+    if cpu is not None and cpu_kernels.available() and has_kernel(*weights):
+        ways["cpu"] = cpu
+    if not ways or jax.config.jax_default_matmul_precision in _EXACT:
         return default(*args)
 
     @jax.custom_jvp
     def compute(*args):
-        return jax.lax.platform_dependent(*args, cpu=cpu, default=default)
+        return jax.lax.platform_dependent(*args, **ways, default=default)
 
     @compute.defjvp
     def _(primals, tangents):
@@ -68,4 +76,6 @@ def _set_codebooks():
 def _format(weight):
     if isinstance(weight, tensor.QuantizedTensor):
         return weight.format
+    if isinstance(weight, tensor.PlanarTensor):
+        return None  # the CPU has kernels for blocks
     return {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(weight.dtype.name)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 import cpu_kernels
 from mla_jax.quant import dispatch, tensor
+from pallas_kernels import grouped_matmul
 
 _FEW_ROWS = 2  # a decode step; 2 is included because one row is often padded to two
 
@@ -28,8 +29,8 @@ def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
 
     Args:
       x: [..., in], any float type.
-      weight: [out, in], float32, float16 or bfloat16 array, or `QuantizedTensor`. Float32 weights are
-        differentiable, as `x` always is.
+      weight: [out, in], float32, float16 or bfloat16 array, `QuantizedTensor` or `PlanarTensor`. Float32
+        weights are differentiable, as `x` always is.
 
     Returns:
       float32[..., out], sums in float32; products as `dispatch` says.
@@ -40,12 +41,19 @@ def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x [..., in] must fit weight [out, in], got {x.shape} and {weight.shape}.")
     x = x.astype(jnp.float32)
-    return dispatch.run(x, weight, weights=[weight], cpu=_matmul_on_cpu, default=_matmul)
+    cuda = _matmul_on_gpu if isinstance(weight, tensor.PlanarTensor) else None
+    return dispatch.run(x, weight, weights=[weight], cpu=_matmul_on_cpu, cuda=cuda, default=_matmul)
 
 
 def _matmul_on_cpu(x, weight):
     arrays, name = dispatch.operands(weight)
     return cpu_kernels.matmul(x, *arrays, format=name)
+
+
+def _matmul_on_gpu(x, weight):
+    tile, planes = x.reshape(1, -1, x.shape[-1]), jax.tree.map(lambda leaf: leaf[None], weight.planes)
+    out = grouped_matmul.grouped_matmul(tile, planes, jnp.zeros((1,), jnp.int32), format=weight.format)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _matmul(x, weight):

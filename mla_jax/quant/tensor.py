@@ -1,4 +1,4 @@
-"""`QuantizedTensor`, a weight kept in its GGUF blocks, read whole or some rows at a time."""
+"""A weight kept in its GGUF blocks, or in what a GPU reads in their place; read whole or by rows."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax.quant import formats
+from pallas_kernels import weight_tiles
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +51,48 @@ class QuantizedTensor:
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
-Weight = jax.Array | QuantizedTensor
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanarTensor:
+    """A weight whose blocks are taken apart for a GPU: the same numbers, see `pallas_kernels.weight_tiles`.
+
+    Attributes:
+      planes: arrays [..., columns].
+      format: key of `formats.FORMATS`; static under jit.
+    """
+
+    planes: tuple[jax.Array, ...]
+    format: str = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the decoded weight."""
+        return (*self.planes[0].shape[:-1], weight_tiles.num_columns(self.planes, self.format))
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the decoded weight."""
+        return self.planes[0].ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type that the weight decodes to."""
+        return jnp.dtype(jnp.float32)
+
+    def __getitem__(self, index) -> "PlanarTensor":
+        """Selects along the first axis, for example an expert."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+
+Weight = jax.Array | QuantizedTensor | PlanarTensor
+
+
+def to_planes(weight: Weight) -> Weight:
+    """Returns a quantised weight as a `PlanarTensor` where its format has a kernel, any other as it is."""
+    if not isinstance(weight, QuantizedTensor) or weight.format not in weight_tiles.LAYOUTS:
+        return weight
+    planes = weight_tiles.repack(weight.blocks, weight.header, weight.format)
+    return PlanarTensor(planes=planes, format=weight.format)
 
 
 def decode_blocks(weight: QuantizedTensor) -> jax.Array:
@@ -71,6 +113,8 @@ def decode(weight: Weight, dtype=jnp.float32) -> jax.Array:
     Returns:
       dtype[...], the weight.
     """
+    if isinstance(weight, PlanarTensor):
+        return weight_tiles.decode(weight.planes, weight.format).astype(dtype)
     if not isinstance(weight, QuantizedTensor):
         return jnp.asarray(weight).astype(dtype)
     return decode_blocks(weight).reshape(weight.shape).astype(dtype)

@@ -128,7 +128,11 @@ def test_expert_ffn_is_xla_of_the_same_weights(name, merged, X, instruction_set)
     weights = jnp.asarray(rng.random((X, K)), jnp.float32)
     out = np.asarray(layers.experts_on_cpu(x, ids, weights, experts))
     with jax.default_matmul_precision("highest"):
-        expected = np.asarray(moe._grouped_ffn(x, ids, weights, experts, num_experts=E)) if X else out
+        expected = (
+            np.asarray(moe._grouped_ffn(x, ids, weights, experts, num_experts=E, multiply=moe._tiles_in_turn))
+            if X
+            else out
+        )
     assert _distance(out, expected) < (1e-5 if name in FLOAT else 2e-2)
 
 

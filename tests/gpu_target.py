@@ -9,9 +9,10 @@ needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU he
 
 
 def lowered_for_gpu(function, *args, kind="NVIDIA H200", **kwargs) -> str:
-    """Returns the text of `function` lowered for `kind`; shapes will do for arguments."""
+    """Returns the text of `function`, jitted or not, lowered for `kind`; shapes will do for arguments."""
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
     with _target(kind):
-        return jax.jit(function).trace(*args, **kwargs).lower(lowering_platforms=("cuda",)).as_text()
+        return jitted.trace(*args, **kwargs).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def _target(kind):

@@ -1,0 +1,135 @@
+"""The model by the kernels of a GPU: interpreted beside XLA, and lowered for one that is not there."""
+
+import dataclasses
+import re
+
+import gpu_target
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synthetic
+
+import checkpoints_tools
+from mla_jax import presets, quant, sampler, steps
+from mla_jax.cache import init_cache, init_pool
+from mla_jax.config import RunConfig
+from mla_jax.nn import transformer
+from mla_jax.nn.moe import ExpertReduction
+from pallas_kernels import dispatch as kernels
+
+SIZES = dict(embed=128, q_lora=64, kv_lora=64, nope=32, rope=64, v=32, ff=128, ff_exp=128)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Takes the way of a GPU on the CPU, every kernel interpreted."""
+    launch = kernels.launch
+    monkeypatch.setattr(
+        kernels, "launch", lambda *args, **kwargs: launch(*args, **{**kwargs, "interpret": True})
+    )
+
+    def choose(*args, default, cuda=None, **_):
+        return (cuda or default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    with jax.default_matmul_precision("default"):
+        yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu") / "model.gguf"
+    synthetic.write_deepseek2(path, sizes=SIZES, weight_type="Q8_0", groups=4, groups_used=2)
+    checkpoint = checkpoints_tools.load_gguf(path, progress=lambda *_: None)
+    return checkpoint.params, checkpoint.config
+
+
+def _logits(model, run, tokens, chunks):
+    """Runs `tokens` through a paged cache in chunks; returns the logits of all of them."""
+    params, config = model
+    params = transformer.lay_out(params, run)
+    apply = jax.jit(transformer.apply, static_argnums=(3, 4))
+    cache = init_pool(config, run, batch=1, num_pages=8, page_size=64)
+    cache = dataclasses.replace(cache, layers=jax.tree.map(_garbage, cache.layers))
+    pages, out = jnp.asarray([[5, 2, 7]], jnp.int32), []
+    for chunk in np.split(tokens, np.cumsum(chunks)[:-1], axis=1):
+        logits, cache = apply(params, jnp.asarray(chunk), cache, config, run, pages)
+        out.append(np.asarray(logits))
+    return np.concatenate(out, axis=1)
+
+
+def _garbage(part):
+    """Whatever memory may hold that no token has."""
+    if jnp.issubdtype(part.dtype, jnp.floating):
+        return jnp.full_like(part, jnp.nan)
+    return jnp.full_like(part, 77)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(cache_type="bf16"), dict(cache_type="q8_0", hadamard_size=64)], ids=str
+)
+def test_logits_are_those_of_xla(model, settings, as_on_a_gpu):
+    tokens = np.random.default_rng(0).integers(0, 320, (1, 134)).astype(np.int32)
+    chunks = (130, 1, 3)  # expanded, then absorbed
+    with_kernels = _logits(model, RunConfig(gpu_kernels=True, **settings), tokens, chunks)
+    with jax.default_matmul_precision("highest"):
+        expected = _logits(model, RunConfig(gpu_kernels=False, **settings), tokens, chunks)
+    error = np.abs(with_kernels - expected).max(axis=-1)[0] / np.abs(expected).max()
+    # Keys and values of the prompt are in bfloat16; where two experts are almost even, a token takes the other
+    # one.
+    assert np.quantile(error, 0.95) < 1e-2
+
+
+def _v3(layers):
+    """The shapes of DeepSeek-V3 in Q8_0, with fewer layers of each kind."""
+    config = dataclasses.replace(presets.PRESETS["deepseek-v3"], num_layers=layers, num_dense_layers=1)
+    run = RunConfig(cache_type="q8_0", hadamard_size=512, gpu_kernels=True)
+
+    def build():
+        params = transformer.init_params(jax.random.key(0), config)
+        return transformer.lay_out(jax.tree.map(_in_blocks, params), run)
+
+    return jax.eval_shape(build), config, run
+
+
+def _in_blocks(weight):
+    if weight.ndim < 2 or weight.shape[-1] % 32 or weight.shape[-2] == 256:  # not the router
+        return weight
+    blocks = jnp.zeros((*weight.shape[:-1], weight.shape[-1] // 32, 34), jnp.uint8)
+    return quant.QuantizedTensor(blocks=blocks, format="q8_0")
+
+
+def _lowered(step, *tokens):
+    """Lowers a step of DeepSeek-V3 with `-ctk q8_0 -khad -ser 6,1` for a GPU."""
+    params, config, run = _v3(layers=2)
+    cache = jax.eval_shape(lambda: init_cache(config, run, batch=1, ctx_size=4096))
+    reduction = ExpertReduction(minimum=jnp.full((1,), 6, jnp.int32), threshold=jnp.ones((1,)))
+    args = [cache if token is ... else token for token in tokens]
+    with jax.default_matmul_precision("default"):
+        text = gpu_target.lowered_for_gpu(step, params, *args, reduction=reduction, config=config, run=run)
+    num_parts = len(jax.tree.leaves(cache))
+    assert text.count("tf.aliasing_output") + text.count("jax.buffer_donor") >= num_parts  # nothing is copied
+    assert "callback" not in text  # and nothing goes by the host
+    return text
+
+
+def test_decode_of_v3_lowers_to_kernels():
+    sampling = sampler.batch([sampler.SamplingParams(temperature=0.0, seed=0)])
+    token, recent, no_end = (
+        jnp.zeros((1,), jnp.int32),
+        jnp.zeros((1, 64), jnp.int32),
+        jnp.full((1,), -1, jnp.int32),
+    )
+    text = _lowered(steps.decode, token, recent, ..., sampling, jnp.int32(1), no_end)
+    assert {"flash_mla_decode_q8_0", "latent_append", "grouped_matvec"} <= _kernels(text)
+
+
+def test_prefill_of_v3_lowers_to_kernels():
+    text = _lowered(steps.prefill, jnp.zeros((1, 512), jnp.int32), jnp.full((1,), 512, jnp.int32), ...)
+    assert {"flash_mla_prefill", "latent_append", "grouped_matmul"} <= _kernels(text)
+
+
+def _kernels(text):
+    return {name for name in re.findall(r"name = \\?\"(\w+)", text)}
