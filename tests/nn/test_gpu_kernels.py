@@ -77,8 +77,8 @@ def test_logits_are_those_of_xla(model, settings, as_on_a_gpu):
     with jax.default_matmul_precision("highest"):
         expected = _logits(model, RunConfig(gpu_kernels=False, **settings), tokens, chunks)
     error = np.abs(with_kernels - expected).max(axis=-1)[0] / np.abs(expected).max()
-    # Keys and values of the prompt are in bfloat16; where two experts are almost even, a token takes the other
-    # one.
+    # Keys and values of the prompt are in bfloat16; of two experts that are almost even a token may take
+    # the other.
     assert np.quantile(error, 0.95) < 1e-2
 
 
