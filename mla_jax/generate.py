@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import operator
 import pathlib
 import secrets
@@ -269,7 +270,8 @@ class Model:
         """Brings the cache to hold all of `ids` but the last, which `_decode` takes."""
         shared = 0
         if self._cache is not None and reuse_prefix and settings == self._settings:
-            shared = _common_prefix(self._cached_tokens, ids[:-1])
+            pairs = zip(self._cached_tokens, ids[:-1], strict=False)
+            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.timings.cached_tokens = shared
         for _ in self._steps(ids[:-1], shared, settings, steps.prefill):
             pass
@@ -316,15 +318,6 @@ class Model:
         return drawn[0, :taken].tolist(), recent
 
 
-def _common_prefix(a, b):
-    count = 0
-    for left, right in zip(a, b, strict=False):
-        if left != right:
-            break
-        count += 1
-    return count
-
-
 def _prepare(compilation_cache):
     """Keeps compiled code, but not where the folder cannot be made, as in a home that is not writable."""
     if jax.default_backend() == "cpu" and not cpu_kernels.available():
@@ -349,6 +342,7 @@ def load(
     ctx_size: int | None = None,
     ubatch: int = DEFAULT_UBATCH,
     group_routing: bool = True,
+    gpu_kernels: bool | None = None,
     expert_reduction: reduction_lib.Setting | None = None,
     compilation_cache: str | pathlib.Path | None = steps.COMPILATION_CACHE,
     progress=None,
@@ -368,6 +362,7 @@ def load(
       ctx_size: tokens that the cache holds; 0 is the model's own limit, None that or 8,192, the smaller.
       ubatch: prompt tokens computed at a time.
       group_routing: False ignores expert groups, as ik_llama.cpp does.
+      gpu_kernels: False leaves a GPU to XLA; None takes the kernels where JAX's device is one.
       expert_reduction: (Kmin, t) of Smart Expert Reduction, see `nn.moe.ExpertReduction`; None for off.
       compilation_cache: folder that keeps compiled code between processes, for all models of this process;
         None leaves it as it is.
@@ -387,6 +382,7 @@ def load(
         hadamard_size=hadamard_size,
         attention_max_batch=attention_max_batch,
         group_routing=group_routing,
+        gpu_kernels=gpu_kernels,
     )
     _prepare(compilation_cache)
     checkpoint = checkpoints_tools.load_gguf(path, progress=progress)

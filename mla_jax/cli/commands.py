@@ -154,6 +154,7 @@ def _load(values):
         ctx_size=values.ctx_size,
         ubatch=min(values.batch_size, values.ubatch_size),
         group_routing=values.grouped_expert_routing,
+        gpu_kernels=None if values.gpu_kernels else False,
         compilation_cache=cache,
     )
     model.expert_reduction = reduction_lib.per_layer(model.config, setting, layers)

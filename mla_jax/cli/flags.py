@@ -5,6 +5,7 @@ from absl import flags
 from mla_jax import config as config_lib
 from mla_jax import generate as generate_lib
 from mla_jax import sampler
+from pallas_kernels import tuning
 
 ALIASES = {
     "m": "model",
@@ -134,10 +135,30 @@ def _run(values):
     flags.DEFINE_boolean(
         "grouped_expert_routing", True, "route within expert groups if the file has them.", **own
     )
+    flags.DEFINE_bool(
+        "gpu_kernels", True, "on a GPU, run the kernels of this project; without them XLA does.", **own
+    )
     flags.DEFINE_string(
         "smart_expert_reduction", None, "Kmin,t: drop experts beyond Kmin below t times the best.", **own
     )
     flags.DEFINE_string("ser_layers", None, 'JSON file of such settings by layer: {"3": [4, 0.2]}.', **own)
+
+
+def _autotune(own):
+    flags.DEFINE_integer(
+        "ctx_size",
+        None,
+        "longest context; without it, the model's own.",
+        lower_bound=1,
+        upper_bound=_INT32_UPPER,
+        **own,
+    )
+    flags.DEFINE_integer(
+        "ubatch_size", generate_lib.DEFAULT_UBATCH, "prompt tokens at a time.", lower_bound=1, **own
+    )
+    _cache_types(own)
+    flags.DEFINE_string("type", "q4_K", "of the weights, if MODEL is the name of a preset.", **own)
+    flags.DEFINE_string("out", None, f"folder to write to; without it, {tuning.USER_FOLDER}.", **own)
 
 
 def _rope(own):
@@ -145,10 +166,14 @@ def _rope(own):
     flags.DEFINE_enum("cache_type_rope", None, types, "cache type of the rotary part, if another.", **own)
 
 
-def _cache(own):
+def _cache_types(own):
     types = config_lib.CACHE_TYPES
     flags.DEFINE_enum("cache_type_k", "f16", types, " ".join(types), **own)
     _rope(own)
+
+
+def _cache(own):
+    _cache_types(own)
     flags.DEFINE_boolean("k_cache_hadamard", False, "rotate before quantising; for low bits.", **own)
     sizes = [str(size) for size in config_lib.HADAMARD_SIZES]
     flags.DEFINE_enum("hadamard_size", None, sizes, "latents that are rotated together; 64.", **own)
@@ -302,6 +327,8 @@ def command_flags(command: str) -> flags.FlagValues:
     if command == "plan":
         _size(values)
         _rope(dict(flag_values=values))
+    if command == "autotune":
+        _autotune(dict(flag_values=values))
     if command == "generate":
         _prompt_cache(dict(flag_values=values))
         flags.DEFINE_boolean("expert_stats", False, "tell which experts were used.", flag_values=values)
