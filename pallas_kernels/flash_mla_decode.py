@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import cache_tiles, dispatch
+from pallas_kernels import cache_tiles, dispatch, tuning
 from pallas_kernels.cache_tiles import Part
 
 _NOTHING = -1e30  # below every score, and finite: the difference of two must not be inf - inf
@@ -232,14 +232,10 @@ def _largest_power(number):
 
 
 def _default_config(q, latent, pages, latent_type):
-    B, T, N, _ = q.shape
-    return Config.for_shapes(
-        batch=B,
-        pairs=T * N,
-        slots=pages.shape[1] * latent[0].shape[1],
-        latent_type=latent_type,
-        shared_memory=dispatch.shared_memory(),
-    )
+    B, T, N, R = q.shape
+    sizes = dict(batch=B, pairs=T * N, slots=pages.shape[1] * latent[0].shape[1], latent_type=latent_type)
+    found = tuning.measured(Config, "flash_mla_decode", rank=R, **sizes)
+    return found or Config.for_shapes(**sizes, shared_memory=dispatch.shared_memory())
 
 
 def _unsupported(q, q_rope, latent, rope, latent_type, rope_type):
@@ -322,7 +318,7 @@ def flash_mla_decode(
       rope_type: cache type of `rope`.
       sm_scale: multiplies the scores; YaRN's squared temperature is the caller's.
       implementation: None (by platform), "reference", "triton" or "interpret".
-      config: tile sizes; None for those of the shapes.
+      config: tile sizes; None for what was measured, or else those of the shapes.
 
     Returns:
       [B, T, N, R], weighted means of latents, in the dtype of `q`. The caller multiplies by `W_uv`.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import dispatch, flash_mla_prefill_gradient
+from pallas_kernels import dispatch, flash_mla_prefill_gradient, tuning
 
 DTYPES = ("float32", "bfloat16", "float16")
 MIN_WIDTH = 16  # of a tile in a product of tensor cores
@@ -206,10 +206,10 @@ def _write(o_ref, lse_ref, where, rows_t, asked_t, m_t, l_t, o_tv):
 
 def _call(q, q_rope, k, k_rope, v, start, length, num_queries, *, sm_scale, config, interpret):
     (B, T, N, H), P, V = q.shape, q_rope.shape[-1], v.shape[-1]
-    if config is None:
-        config = Config.for_sizes(
-            queries=T, widths=(H, P, V), itemsize=q.dtype.itemsize, shared_memory=dispatch.shared_memory()
-        )
+    sizes = dict(queries=T, heads=B * N, dtype=str(q.dtype), widths=f"{H}/{P}/{V}")
+    config = config or tuning.measured(Config, "flash_mla_prefill", **sizes)
+    memory = dict(itemsize=q.dtype.itemsize, shared_memory=dispatch.shared_memory())
+    config = config or Config.for_sizes(queries=T, widths=(H, P, V), **memory)
     return dispatch.launch(
         functools.partial(_body, sm_scale=sm_scale, config=config),
         *(q, q_rope, k, k_rope, v, start, length, num_queries),
@@ -358,7 +358,7 @@ def flash_mla_prefill(
       num_queries: i32[B] queries that are there, or None: `length - start`. Those past it may hold
         anything, NaN included; they see nothing.
       implementation: None (by platform), "reference", "triton" or "interpret".
-      config: tile sizes, None for those that fit the device.
+      config: tile sizes, None for what was measured, or else those that fit the device.
 
     Returns:
       [B, T, N, V] in the type of `q`, and f32[B, T, N], the natural logarithm of the sum of exp(score). A

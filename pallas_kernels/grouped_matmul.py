@@ -146,7 +146,7 @@ def grouped_matmul(
         one expert should be neighbours, which then read its weight from the cache of the GPU.
       format: name of the weight's type in GGUF.
       implementation: None (by platform), "reference", "triton" or "interpret".
-      config: tile sizes, None for `Config.for_shape`.
+      config: tile sizes, None for what was measured, or else `Config.for_shape`.
 
     Returns:
       f32[Y, M, F], sums in float32.

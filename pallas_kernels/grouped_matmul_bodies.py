@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import weight_tiles
+from pallas_kernels import tuning, weight_tiles
 
 LEAST = 16  # rows, columns and depth of a product of tensor cores
 
@@ -205,6 +205,8 @@ def plan_for(num_tokens, weights, format, is_gated, config):
     if is_gated and len(weights) == 1:
         num_rows //= 2
         sources.append((0, num_rows))
+    sizes = dict(tokens=num_tokens, rows=num_rows, columns=num_words * kind.planes, format=format)
+    config = config or tuning.measured(Config, "grouped_matmul", **sizes, weights=len(sources))
     config = config or Config.for_shape(num_tokens, format, len(sources))
     least, tokens = (1, 1) if num_tokens == 1 else (LEAST, _largest_power_dividing(padded(num_tokens)))
     config = dataclasses.replace(

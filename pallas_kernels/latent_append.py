@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels import cache_tiles, dispatch
+from pallas_kernels import cache_tiles, dispatch, tuning
 from pallas_kernels.cache_tiles import Part
 
 # From float32[..., blocks, block] to whole codes of that shape, and scale and offset (or None)
@@ -168,6 +168,9 @@ def _divide(x, divisor):
 
 def _call(*args, config, interpret, **settings):
     *token, latent_pool, rope_pool = args
+    rank, name = token[0].shape[-1], settings["latent_store"].name
+    sizes = dict(tokens=token[-1].size, rank=rank, latent_type=name)
+    config = config or tuning.measured(Config, "latent_append", **sizes) or Config.for_rank(rank)
     parts = [part for part in (*latent_pool, *rope_pool) if part.size]
     written = iter(
         dispatch.launch(
@@ -267,7 +270,7 @@ def latent_append(
       rope_rotation: the same, after the rotation by position.
       quantisers: of latent and rope; they get numbers of at most 2**24.
       implementation: None (by platform), "reference", "triton" or "interpret".
-      config: tunables; None takes those for R.
+      config: tunables; None takes what was measured, or else those for R.
 
     Returns:
       Both pools, written in place where they are donated. Numbers beyond the range of float16 or float8 and
@@ -284,6 +287,6 @@ def latent_append(
         implementation,
         *(latent, rope, norm, cos, sin, pages, slots, latent_pool, rope_pool),
         unsupported=_unsupported(latent, rope, latent_pool, rope_pool),
-        kernel=functools.partial(_call, config=config or Config.for_rank(latent.shape[-1]), **settings),
+        kernel=functools.partial(_call, config=config, **settings),
         reference=functools.partial(reference, **settings),
     )
