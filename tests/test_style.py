@@ -27,6 +27,8 @@ LAYERS = [  # a module imports from earlier lines, or from its own
         "mla_jax.generate",
         "mla_jax.corpus",
         "mla_jax.train",
+        "mla_jax.autotune",
+        "mla_jax.autotune_cases",
         "checkpoints_tools",
     ),
     ("mla_jax.cli", "mla_jax.__main__"),

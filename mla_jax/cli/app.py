@@ -13,7 +13,7 @@ import jax
 from absl import flags as absl_flags
 
 from mla_jax.cli import argv as argv_lib
-from mla_jax.cli import commands, file_commands
+from mla_jax.cli import autotune, commands, file_commands
 from mla_jax.cli import flags as flags_lib
 
 
@@ -47,6 +47,9 @@ _COMMANDS = {
     "merge": _Command(file_commands.merge, "write a split GGUF file as one", ("first", "out")),
     "diff": _Command(file_commands.diff, "print how far two GGUF files are apart", ("first", "second")),
     "ser-sweep": _Command(commands.ser_sweep, "measure what dropping experts costs and saves", ("model",)),
+    "autotune": _Command(
+        autotune.autotune, "measure tile sizes of the GPU kernels at the shapes of a model", ("model",)
+    ),
     "train": _Command(commands.train, "train the packaged model on Python's own sources"),
 }
 

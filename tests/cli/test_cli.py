@@ -19,7 +19,7 @@ from mla_jax import generate, steps
 from mla_jax.cli import app, commands
 
 COMMANDS = ("generate", "chat", "inspect", "plan", "check", "quantize", "convert", "split", "merge", "diff")
-COMMANDS += ("ser-sweep", "train")
+COMMANDS += ("ser-sweep", "autotune", "train")
 
 
 @pytest.fixture(scope="module")
