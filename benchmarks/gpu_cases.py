@@ -25,6 +25,7 @@ LARGE_CACHE = 256 << 10  # cached tokens from which decoding has a bar
 # D, F, E and K of each model.
 EXPERTS = {"v2-lite": (2048, 1408, 64, 6), "v3": (7168, 2048, 256, 8)}
 
+_FORMAT_OF_ODD_ROWS = "q8_0"  # as GGUF files have them: 1408 columns are no blocks of 256
 _SCALE = (NOPE + ROPE) ** -0.5
 _COPY_BARS = {"f16": 0.75, "bf16": 0.75, "q8_0": 0.55, "q4_0": 0.40}
 _COMPUTE_BARS = {"f16": 300.0, "bf16": 300.0}
@@ -299,7 +300,7 @@ def expert_cases(
     Args:
       shapes: name -> D, F, E and K.
       tokens: that go through the layer at once; 1 decodes.
-      formats: of all three weights.
+      formats: of all three weights; of gate and up alone where the rows of down are no whole blocks.
       implementation: of the kernel.
     """
     for (name, shape), T, format in itertools.product(shapes.items(), tokens, formats):
@@ -309,8 +310,11 @@ def expert_cases(
 def _expert_case(model, shape, T, format, implementation):
     D, F, E, K = shape
     expert_CY, M, num_used = _tiles(T, E, K)
-    cost = functools.partial(grouped_matmul.cost, tokens=T * K, format=format, num_experts=num_used)
-    gated, down = cost(rows=F, columns=D, num_weights=2), cost(rows=D, columns=F)
+    cost = functools.partial(grouped_matmul.cost, tokens=T * K, num_experts=num_used)
+    has_blocks = F % weight_tiles.layout(format).block_size == 0
+    down_format = format if has_blocks else _FORMAT_OF_ODD_ROWS
+    gated = cost(rows=F, columns=D, num_weights=2, format=format)
+    down = cost(rows=D, columns=F, format=down_format)
     total = pl.CostEstimate(
         flops=gated.flops + down.flops,
         bytes_accessed=gated.bytes_accessed + down.bytes_accessed,
@@ -323,7 +327,7 @@ def _expert_case(model, shape, T, format, implementation):
         middle = grouped_matmul.grouped_gated(
             x, gate, up, experts, formats=(format, format), implementation=chosen
         )
-        return grouped_matmul.grouped_matmul(middle, down, experts, format=format, implementation=chosen)
+        return grouped_matmul.grouped_matmul(middle, down, experts, format=down_format, implementation=chosen)
 
     Y = expert_CY.shape[1]
     result = jax.ShapeDtypeStruct((Y, M, D), jnp.float32)
@@ -332,9 +336,9 @@ def _expert_case(model, shape, T, format, implementation):
     )
     return Case(
         part="experts",
-        sizes=dict(model=model, tokens=T, format=format),
+        sizes=dict(model=model, tokens=T, format=format, down=down_format),
         cost=total,
-        operands=functools.partial(_expert_operands, (Y, M, D), (E, F, D), format),
+        operands=functools.partial(_expert_operands, (Y, M, D), (E, F, D), format, down_format),
         ways={OURS: way(implementation), REFERENCE: way("reference", 4 * _bytes(F, D, size=4))},
         bars=(Bar(of="copy", least=0.6),) if T == 1 else (),
     )
@@ -352,12 +356,12 @@ def _tiles(T, E, K):
     return expert_Y[None, :num_needed], M, len(set(expert_Y[:num_needed].tolist()))
 
 
-def _expert_operands(x_shape, weight_shape, format):
+def _expert_operands(x_shape, weight_shape, format, down_format):
     E, F, D = weight_shape
     keys = jax.random.split(jax.random.key(3), 4)
     x = jax.random.normal(keys[0], x_shape, jnp.float32)
-    shapes = (E, F, D), (E, F, D), (E, D, F)
-    return x, *(_weight(key, shape, format) for key, shape in zip(keys[1:], shapes, strict=True))
+    weights = ((E, F, D), format), ((E, F, D), format), ((E, D, F), down_format)
+    return x, *(_weight(key, *weight) for key, weight in zip(keys[1:], weights, strict=True))
 
 
 def _weight(key, shape, format):

@@ -35,7 +35,7 @@ def test_without_a_gpu_it_ends_with_a_sentence():
 def test_command(tmp_path):
     out = tmp_path / "gpu.json"
     sizes = "--batches 2 --contexts 80 --heads 16 --cache_types q4_0 --queries 40 --tokens 1 --formats q4_K"
-    counts = "--expert_shape 512,256,4,2 --calls 2 --repeats 3 --copy_mib 0.1 --product 64 --cold_mib 1"
+    counts = "--expert_shape 256,64,4,2 --calls 2 --repeats 3 --copy_mib 0.1 --product 64 --cold_mib 1"
     done = _run("--implementation", "reference", *sizes.split(), *counts.split(), f"--out={out}")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -48,6 +48,7 @@ def test_command(tmp_path):
         prefill=[OURS, REFERENCE, CUDNN], experts=[OURS, REFERENCE], decode=[OURS, REFERENCE, EXPANDED]
     )
     assert "cuDNN" in rows["prefill"]["ways"][CUDNN].pop("skipped")
+    assert rows["experts"]["sizes"] == dict(model="256x64x4x2", tokens=1, format="q4_K", down="q8_0")
     for row in rows.values():
         for way in filter(None, row["ways"].values()):
             assert len(way["runs"]) == 3 and way["seconds"] == sorted(way["runs"])[1]
