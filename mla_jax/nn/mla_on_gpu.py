@@ -92,7 +92,7 @@ def attend_expanded(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_sc
         return flash_mla_prefill.merge(*carry, *part)
 
     B, T, N, _ = q.shape
-    nothing = jnp.zeros((B, T, N, v_up.shape[1]), jnp.bfloat16), jnp.full((B, T, N), -jnp.inf)
+    nothing = jnp.zeros((B, T, N, v_up.shape[1]), jnp.float32), jnp.full((B, T, N), -jnp.inf)
     num_parts = (jnp.max(length_B) + (size - 1)) // size
     return jax.lax.fori_loop(0, num_parts, fold, nothing)[0].astype(q.dtype)
 

@@ -121,7 +121,8 @@ def apply(
     Under grad use it with float32 weights and without a cache: the loop over a cache has no reverse mode.
 
     Args:
-      params: nested dict of arrays and `QuantizedTensor`s, as from `checkpoints_tools.load_gguf`.
+      params: nested dict of arrays and `QuantizedTensor`s, as from `checkpoints_tools.load_gguf`,
+        and what `lay_out` makes of it, which the GPU kernels of quantised products need.
       tokens: i32[B, T], ids in [0, vocab_size).
       cache: from `init_cache`, `init_pool` or an earlier call, or None to run a sequence on its own.
       config: the model; static under jit.
@@ -140,12 +141,13 @@ def lay_out(params, run: RunConfig):
     """Returns the weights as the run reads them: for a GPU the same numbers in planes, else as they are.
 
     Embeddings, of which rows are read, and up-projections, which are applied in two ways, stay in blocks.
+    What is in planes already stays so.
     """
     if not dispatch.for_gpu(run.gpu_kernels):
         return params
     kept = {"embed", "kv_b", "k_b", "v_b"}
     of_path = lambda path, weight: weight if kept & {entry.key for entry in path} else quant.to_planes(weight)
-    is_weight = lambda leaf: isinstance(leaf, quant.QuantizedTensor)
+    is_weight = lambda leaf: not isinstance(leaf, dict)
     return jax.tree_util.tree_map_with_path(of_path, params, is_leaf=is_weight)
 
 

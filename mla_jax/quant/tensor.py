@@ -86,12 +86,14 @@ class PlanarTensor:
 
 Weight = jax.Array | QuantizedTensor | PlanarTensor
 
+_repack = jax.jit(weight_tiles.repack, static_argnames="format")  # fused: 4 bytes a code are never held
+
 
 def to_planes(weight: Weight) -> Weight:
     """Returns a quantised weight as a `PlanarTensor` where its format has a kernel, any other as it is."""
     if not isinstance(weight, QuantizedTensor) or weight.format not in weight_tiles.LAYOUTS:
         return weight
-    planes = weight_tiles.repack(weight.blocks, weight.header, weight.format)
+    planes = _repack(weight.blocks, weight.header, weight.format)
     return PlanarTensor(planes=planes, format=weight.format)
 
 

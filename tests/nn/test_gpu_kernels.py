@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import chex
 import gpu_target
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,14 @@ def test_logits_are_those_of_xla(model, settings, as_on_a_gpu):
     # Keys and values of the prompt are in bfloat16; of two experts that are almost even a token may take
     # the other.
     assert np.quantile(error, 0.95) < 1e-2
+
+
+def test_weights_that_are_laid_out_stay_so(model):
+    run = RunConfig(gpu_kernels=True)
+    once = transformer.lay_out(model[0], run)
+    kinds = {type(leaf) for leaf in jax.tree.leaves(once, is_leaf=lambda leaf: not isinstance(leaf, dict))}
+    assert {quant.PlanarTensor, quant.QuantizedTensor} <= kinds
+    chex.assert_trees_all_equal(transformer.lay_out(once, run), once)
 
 
 def _v3(layers):
