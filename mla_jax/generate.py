@@ -357,15 +357,13 @@ def load(
       cache_type_rope: type of the rotary part, None for the same.
       hadamard_size: 64, 128, 256 or 512 latents are rotated together before they are quantised; None for
         none, and without effect on a cache that is not quantised.
-      attention_max_batch: MiB that attention holds at a time in modes 1 to 3, by groups of heads; 0 for no
-        limit.
+      attention_max_batch: MiB for some heads of attention at a time in modes 1 to 3; 0 for no limit.
       ctx_size: tokens that the cache holds; 0 is the model's own limit, None that or 8,192, the smaller.
       ubatch: prompt tokens computed at a time.
       group_routing: False ignores expert groups, as ik_llama.cpp does.
       gpu_kernels: False leaves a GPU to XLA; None takes the kernels where JAX's device is one.
       expert_reduction: (Kmin, t) of Smart Expert Reduction, see `nn.moe.ExpertReduction`; None for off.
-      compilation_cache: folder that keeps compiled code between processes, for all models of this process;
-        None leaves it as it is.
+      compilation_cache: folder of compiled code, for all models of this process; None leaves it as it is.
       progress: called with (tensors done, tensors, bytes done, bytes) while loading; None prints a line.
 
     Returns:

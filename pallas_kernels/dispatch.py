@@ -70,7 +70,7 @@ def run(name: str | None, *args, unsupported: str | None, kernel: Callable, refe
         if unsupported:
             raise NotImplementedError(unsupported)
         return kernel(*args, interpret=name == "interpret")
-    if name == "reference" or unsupported or not _has_kernels():
+    if name == "reference" or unsupported or (jax.default_backend() == "gpu" and not on_gpu()):
         return reference(*args)
     triton = functools.partial(kernel, interpret=False)
     return jax.lax.platform_dependent(*args, cuda=triton, default=reference)
@@ -97,13 +97,13 @@ def shared_memory() -> int:
 
 
 @functools.cache
-def _has_kernels() -> bool:
-    """Whether the GPU, if there is one, is new enough."""
+def on_gpu() -> bool:
+    """Whether JAX's device is an NVIDIA GPU that is new enough; says so once if it is too old."""
     if jax.default_backend() != "gpu":
-        return True
+        return False
     device = jax.devices()[0]
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
-    capability = tuple(map(int, found.groups())) if found else OLDEST_CAPABILITY
+    capability = tuple(map(int, found.groups())) if found else (0, 0)
     if capability >= OLDEST_CAPABILITY:
         return True
     logging.warning(

@@ -47,7 +47,7 @@ void attend_tile(const float* keys, int key_size, const float* values, int value
 }
 
 // Decodes slots [begin, end), kSlots at a time, latent and rotary part beside each other and zeros up to whole vectors.
-// Calls take(rows, width, first, last) with them; after the last there are zeros up to a multiple of 16 slots.
+// Calls take(rows, width, first, last) with them; after the last come zeros, up to 16 slots or kSlots if that is less.
 template <int kSlots, class Take>
 void for_each_tile(const LatentCache& cache, const int32_t* pages, int begin, int end, const Take& take) {
   const int key_size = cache.key_size(), width = static_cast<int>(mla::padded(key_size));

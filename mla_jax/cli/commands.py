@@ -245,6 +245,8 @@ def _choose_device(values):
         jax.config.update("jax_platforms", "cpu")
     elif jax.default_backend() != "gpu":
         _tell(f"-ngl {values.n_gpu_layers}: there is no GPU that JAX can use, so everything runs on the CPU")
+    if not values.gpu_kernels and jax.default_backend() != "gpu":
+        _tell("--nogpu_kernels has no effect: the model runs on the CPU")
 
 
 def _drawing(values):

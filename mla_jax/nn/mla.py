@@ -224,7 +224,7 @@ class MLAttention(nn.Module):
         if not is_cached or not self.run.flash:
             return default(*args)
         on_cpu = mla_on_cpu.attend_expanded if expands else mla_on_cpu.attend_absorbed
-        cuda = on_gpu if dispatch.for_gpu(self.run.gpu_kernels) else None
+        cuda = on_gpu if self._for_gpu(rows) else None
         return dispatch.run(*args, cpu=functools.partial(on_cpu, **settings), cuda=cuda, default=default)
 
     def _in_head_groups(self, attend, bytes_per_head, q_BTNH, qr_BTNP, rows, up, positions):
@@ -276,8 +276,14 @@ class MLAttention(nn.Module):
                 rows, *raw, *angles, slots, epsilon=self.config.norm_epsilon, **rotations
             )
 
-        cuda = on_gpu if dispatch.for_gpu(self.run.gpu_kernels) else None
+        cuda = on_gpu if self._for_gpu(rows) else None
         return dispatch.run(rows, raw, positions, slots, cuda=cuda, default=default)
+
+    def _for_gpu(self, rows):
+        """Whether to trace kernels of GPUs, which take rows of 2**n numbers and pages of 16 * n slots."""
+        mla = self.config.mla
+        fits = all(size & (size - 1) == 0 for size in (mla.kv_lora_rank, mla.qk_rope_head_dim))
+        return fits and rows.page_size % 16 == 0 and dispatch.for_gpu(self.run.gpu_kernels)
 
     def _frequencies(self):
         return rope_lib.inverse_frequencies(self.config.rope, self.config.mla.qk_rope_head_dim)

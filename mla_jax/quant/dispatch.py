@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 import cpu_kernels
 from mla_jax.quant import codebooks, tensor
+from pallas_kernels import dispatch as gpu_kernels
 
 _EXACT = ("highest", "float32")
 
@@ -34,8 +35,8 @@ def operands(weight: tensor.Weight) -> tuple[tuple[jax.Array, jax.Array], str]:
 
 
 def for_gpu(wanted: bool | None) -> bool:
-    """Whether to trace the kernels of GPUs: as `wanted`, or, with None, if JAX's device is one."""
-    return jax.default_backend() == "gpu" if wanted is None else wanted
+    """Whether to trace the kernels of GPUs: as `wanted`, or, with None, if JAX's device has them."""
+    return gpu_kernels.on_gpu() if wanted is None else wanted
 
 
 def run(*args, weights=(), cpu=None, cuda=None, default):

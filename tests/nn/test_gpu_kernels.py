@@ -12,6 +12,7 @@ import pytest
 import synthetic
 
 import checkpoints_tools
+from checkpoints_tools import save
 from mla_jax import presets, quant, sampler, steps
 from mla_jax.cache import init_cache, init_pool
 from mla_jax.config import RunConfig
@@ -142,3 +143,22 @@ def test_prefill_of_v3_lowers_to_kernels():
 
 def _kernels(text):
     return {name for name in re.findall(r"name = \\?\"(\w+)", text)}
+
+
+@pytest.mark.parametrize(
+    "page_size, expected", [(64, {"latent_append", "flash_mla_decode_q8_0"}), (8, set())]
+)
+def test_pages_that_kernels_cannot_take_are_left_to_xla(model, page_size, expected):
+    params, config = model
+    run = RunConfig(cache_type="q8_0", gpu_kernels=True)
+    cache = init_pool(config, run, batch=1, num_pages=4, page_size=page_size)
+    step = jax.jit(transformer.apply, static_argnums=(3, 4))
+    args = params, jnp.zeros((1, 1), jnp.int32), cache, config, run, jnp.asarray([[1, 2]], jnp.int32)
+    with jax.default_matmul_precision("default"):
+        assert _kernels(gpu_target.lowered_for_gpu(step, *args)) == expected
+
+
+def test_planes_are_not_saved(model, tmp_path):
+    planes = transformer.lay_out(model[0], RunConfig(gpu_kernels=True))["output"]["weight"]
+    with pytest.raises(ValueError, match="must be in blocks, got planes"):
+        save._tensor("output.weight", planes, None)
