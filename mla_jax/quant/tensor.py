@@ -90,8 +90,14 @@ _repack = jax.jit(weight_tiles.repack, static_argnames="format")  # fused: 4 byt
 
 
 def to_planes(weight: Weight) -> Weight:
-    """Returns a quantised weight as a `PlanarTensor` where its format has a kernel, any other as it is."""
-    if not isinstance(weight, QuantizedTensor) or weight.format not in weight_tiles.LAYOUTS:
+    """Returns a weight as a `PlanarTensor` where kernels of a GPU are to read it, any other as it is.
+
+    Those are weights in some formats, and experts of 16 bits: dense ones are served by XLA's product.
+    """
+    if not isinstance(weight, QuantizedTensor):
+        name = {jnp.dtype(jnp.float16): "f16", jnp.dtype(jnp.bfloat16): "bf16"}.get(weight.dtype)
+        return PlanarTensor(planes=(weight,), format=name) if name and weight.ndim == 3 else weight
+    if weight.format not in weight_tiles.LAYOUTS:
         return weight
     planes = _repack(weight.blocks, weight.header, weight.format)
     return PlanarTensor(planes=planes, format=weight.format)

@@ -16,7 +16,7 @@ from checkpoints_tools import save
 from mla_jax import presets, quant, sampler, steps
 from mla_jax.cache import init_cache, init_pool
 from mla_jax.config import RunConfig
-from mla_jax.nn import transformer
+from mla_jax.nn import moe, transformer
 from mla_jax.nn.moe import ExpertReduction
 from pallas_kernels import dispatch as kernels
 
@@ -48,18 +48,21 @@ def model(tmp_path_factory):
     return checkpoint.params, checkpoint.config
 
 
-def _logits(model, run, tokens, chunks):
-    """Runs `tokens` through a paged cache in chunks; returns the logits of all of them."""
+def _logits(model, run, tokens, counts):
+    """Runs two sequences through a paged cache; returns the logits of all tokens that are no padding.
+
+    Of each chunk of `tokens` i32[2, T] the first `counts` [2] are there.
+    """
     params, config = model
-    params = transformer.lay_out(params, run)
-    apply = jax.jit(transformer.apply, static_argnums=(3, 4))
-    cache = init_pool(config, run, batch=1, num_pages=8, page_size=64)
+    variables = {"params": transformer.lay_out(params, run)}
+    apply = jax.jit(transformer.Transformer(config, run).apply)
+    cache = init_pool(config, run, batch=2, num_pages=8, page_size=64)
     cache = dataclasses.replace(cache, layers=jax.tree.map(_garbage, cache.layers))
-    pages, out = jnp.asarray([[5, 2, 7]], jnp.int32), []
-    for chunk in np.split(tokens, np.cumsum(chunks)[:-1], axis=1):
-        logits, cache = apply(params, jnp.asarray(chunk), cache, config, run, pages)
-        out.append(np.asarray(logits))
-    return np.concatenate(out, axis=1)
+    pages, out = jnp.asarray([[5, 2, 7], [0, 3, 1]], jnp.int32), []
+    for chunk, count in zip(tokens, counts, strict=True):
+        logits, cache = apply(variables, chunk, cache, jnp.asarray(count, jnp.int32), pages)
+        out += [np.asarray(logits[b, : count[b]]) for b in range(2)]
+    return np.concatenate(out)
 
 
 def _garbage(part):
@@ -73,12 +76,12 @@ def _garbage(part):
     "settings", [dict(cache_type="bf16"), dict(cache_type="q8_0", hadamard_size=64)], ids=str
 )
 def test_logits_are_those_of_xla(model, settings, as_on_a_gpu):
-    tokens = np.random.default_rng(0).integers(0, 320, (1, 134)).astype(np.int32)
-    chunks = (130, 1, 3)  # expanded, then absorbed
-    with_kernels = _logits(model, RunConfig(gpu_kernels=True, **settings), tokens, chunks)
+    rng, counts = np.random.default_rng(0), [(130, 77), (1, 1), (3, 2)]  # expanded, then absorbed
+    tokens = [rng.integers(0, 320, (2, max(count))).astype(np.int32) for count in counts]
+    with_kernels = _logits(model, RunConfig(gpu_kernels=True, **settings), tokens, counts)
     with jax.default_matmul_precision("highest"):
-        expected = _logits(model, RunConfig(gpu_kernels=False, **settings), tokens, chunks)
-    error = np.abs(with_kernels - expected).max(axis=-1)[0] / np.abs(expected).max()
+        expected = _logits(model, RunConfig(gpu_kernels=False, **settings), tokens, counts)
+    error = np.abs(with_kernels - expected).max(axis=-1) / np.abs(expected).max()
     # Keys and values of the prompt are in bfloat16; of two experts that are almost even a token may take
     # the other.
     assert np.quantile(error, 0.95) < 1e-2
@@ -90,6 +93,23 @@ def test_weights_that_are_laid_out_stay_so(model):
     kinds = {type(leaf) for leaf in jax.tree.leaves(once, is_leaf=lambda leaf: not isinstance(leaf, dict))}
     assert {quant.PlanarTensor, quant.QuantizedTensor} <= kinds
     chex.assert_trees_all_equal(transformer.lay_out(once, run), once)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 40])
+def test_experts_of_16_bits_have_kernels(num_tokens, as_on_a_gpu):
+    E, K, D, F = 4, 2, 32, 48
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    experts = {"gate": draw(E, F, D), "up": draw(E, F, D), "down": draw(E, D, F)}
+    experts = {name: weight.astype(jnp.bfloat16) for name, weight in experts.items()}
+    planes = {name: quant.to_planes(weight) for name, weight in experts.items()}
+    ids = jnp.asarray(rng.integers(0, E, (num_tokens, K)), jnp.int32)
+    args = draw(num_tokens, D), ids, jnp.asarray(rng.random((num_tokens, K)), jnp.float32)
+    found = moe.grouped_ffn(*args, planes, num_experts=E)
+    with jax.default_matmul_precision("highest"):
+        expected = moe.grouped_ffn(*args, experts, num_experts=E)
+    assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
+    assert not np.array_equal(found, expected)  # another way was taken
 
 
 def _v3(layers):
