@@ -353,9 +353,9 @@ except OSError as error:
 def test_memory_and_a_full_disk(tmp_path):
     write_deepseek2(tmp_path / "small.gguf", weight_type="Q8_0")
     sizes = dict(embed=1024, ff_exp=1024)
-    write_deepseek2(tmp_path / "large.gguf", weight_type="Q8_0", layers=1, dense=0, experts=32, sizes=sizes)
+    write_deepseek2(tmp_path / "large.gguf", weight_type="Q8_0", layers=1, dense=0, experts=64, sizes=sizes)
     largest = max(info.num_bytes for info in open_gguf(tmp_path / "large.gguf").tensors.values())
-    assert largest > 35e6  # 134 MB when decoded
+    assert largest > 70e6  # 268 MB when decoded; compiling takes some of what is measured
     command = [sys.executable, "-c", _CHILD, tmp_path / "small.gguf", tmp_path / "large.gguf", tmp_path]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     grown, error = output.splitlines()
