@@ -16,7 +16,7 @@ from mla_jax import presets, quant
 from mla_jax.cache import codec
 from mla_jax.cache.rows import PAGE_SIZE, SLOT_MULTIPLE
 from mla_jax.config import MLAConfig, ModelConfig, RunConfig
-from mla_jax.nn import moe
+from mla_jax.nn import mla_on_gpu, moe
 from pallas_kernels import (
     dispatch,
     flash_mla_decode,
@@ -30,7 +30,6 @@ from pallas_kernels import (
 
 _COLD_BYTES = 256 << 20  # calls in turn read as much before they come back: more than GPUs keep on chip
 _SHORTEST_CONTEXT, _LONGEST_CONTEXT = 1024, 65536
-_CACHED_SLOTS = 4096  # whose keys and values the prompt path expands at a time
 _MOST_TILES = 32  # of a prompt's tokens: enough to fill a GPU
 _NOT_MULTIPLIED = ("token_embd", "attn_kv_b", "attn_k_b", "attn_v_b", "ffn_gate_inp")  # by these kernels
 _PLAIN = tuple(FORMAT_NAMES[kind] for kind in PLAIN_TYPES)
@@ -176,7 +175,7 @@ def _widths(mla, run):
 
 def _prefill_case(mla: MLAConfig, ubatch, ctx_size, *, implementation):
     N, widths = mla.num_heads, (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim)
-    (H, P, V), slots = widths, max(ubatch, min(ctx_size, _CACHED_SLOTS))
+    (H, P, V), slots = widths, max(ubatch, min(ctx_size, mla_on_gpu.EXPANDED_SLOTS))
     heuristic = flash_mla_prefill.Config.for_sizes(
         queries=ubatch, widths=widths, itemsize=2, shared_memory=dispatch.shared_memory()
     )
@@ -199,9 +198,7 @@ def _prefill_case(mla: MLAConfig, ubatch, ctx_size, *, implementation):
 
 def _append_case(mla: MLAConfig, run, tokens, *, implementation):
     kinds = dict(latent_type=run.cache_type, rope_type=run.rope_type)
-    quantisers = tuple(
-        codec.BLOCK_TYPES[kind].quantise if kind in codec.BLOCK_TYPES else None for kind in kinds.values()
-    )
+    quantisers = tuple(map(codec.quantiser, kinds.values()))
     R, P, num_pages = mla.kv_lora_rank, mla.qk_rope_head_dim, -(-tokens // PAGE_SIZE)
 
     def operands():

@@ -107,6 +107,11 @@ def type_of(stored: Stored) -> str:
     return next(name for name, dtype in PLAIN.items() if stored.dtype == dtype)
 
 
+def quantiser(name: str) -> Callable | None:
+    """Returns how blocks of numbers become codes of the cache type `name`; None for one without codes."""
+    return BLOCK_TYPES[name].quantise if name in BLOCK_TYPES else None
+
+
 def parts(stored: Stored) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns low, high, scale and offset as kernels take them; uint8[0] for what a type lacks."""
     none = jnp.zeros((0,), jnp.uint8)

@@ -135,7 +135,7 @@ def _run(values):
     flags.DEFINE_boolean(
         "grouped_expert_routing", True, "route within expert groups if the file has them.", **own
     )
-    flags.DEFINE_bool(
+    flags.DEFINE_boolean(
         "gpu_kernels", True, "on a GPU, run the kernels of this project; without them XLA does.", **own
     )
     flags.DEFINE_string(

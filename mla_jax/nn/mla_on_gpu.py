@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mla_jax.cache import LatentRows, codec, rotate
 from pallas_kernels import flash_mla_decode, flash_mla_prefill, latent_append
 
-_EXPANDED_SLOTS = 4096  # cached tokens whose keys and values are held at a time
+EXPANDED_SLOTS = 4096  # cached tokens whose keys and values are held at a time
 
 
 def append(
@@ -41,9 +41,7 @@ def append(
         epsilon=epsilon,
         latent_rotation=latent_rotation,
         rope_rotation=rope_rotation,
-        quantisers=tuple(
-            codec.BLOCK_TYPES[kind].quantise if kind in codec.BLOCK_TYPES else None for kind in kinds
-        ),
+        quantisers=tuple(map(codec.quantiser, kinds)),
     )
     latent, rope = (codec.from_parts(pool, kind) for pool, kind in zip(pools, kinds, strict=True))
     return LatentRows(latent=latent, rope=rope, pages=rows.pages)
@@ -99,6 +97,6 @@ def attend_expanded(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_sc
 
 def slots_at_a_time(rows: LatentRows) -> int:
     """Returns how many slots `attend_expanded` visits at a time: whole pages, or what divides a page."""
-    if rows.page_size <= _EXPANDED_SLOTS:
-        return min(_EXPANDED_SLOTS // rows.page_size * rows.page_size, rows.num_slots)
-    return math.gcd(_EXPANDED_SLOTS, rows.page_size)
+    if rows.page_size <= EXPANDED_SLOTS:
+        return min(EXPANDED_SLOTS // rows.page_size * rows.page_size, rows.num_slots)
+    return math.gcd(EXPANDED_SLOTS, rows.page_size)
