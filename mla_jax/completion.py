@@ -4,19 +4,36 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Logprobs:
+    """How likely the token was, after penalties and biases, before filters and temperature.
+
+    Attributes:
+      chosen: natural logarithm of the probability of the token that was drawn.
+      top: (token id, logprob) of the most likely tokens, the likeliest first.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
     """One step of a stream.
 
     Attributes:
       token: id just drawn.
-      text: characters that became complete with it; may be empty.
-      finish_reason: None while it goes on; "stop" at an end-of-generation token, "length" at `max_tokens` or
-        where the context is full.
+      text: characters that became certain with it; may be empty.
+      finish_reason: None while it goes on; "stop" at an end-of-generation token or a stop text, "length" at
+        `max_tokens` or where the context is full, "cancel" after `Ticket.cancel`.
+      stop: the stop text that was met, None if it was none.
+      logprobs: of the token, where they were asked for.
     """
 
     token: int
     text: str
     finish_reason: str | None = None
+    stop: str | None = None
+    logprobs: Logprobs | None = None
 
 
 @dataclasses.dataclass(kw_only=True)

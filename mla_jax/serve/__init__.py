@@ -1,0 +1,1 @@
+"""Many requests at once on one model: `Engine` draws their tokens, `server` speaks HTTP for it."""

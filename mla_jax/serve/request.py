@@ -1,0 +1,80 @@
+"""What the engine is asked for, and what it answers: plain values, no arrays."""
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+from mla_jax.expert_reduction import Setting
+from mla_jax.sampler import SamplingParams
+
+MAX_LOGPROBS = 20  # most likely tokens that are told beside the one drawn
+MAX_BIASED = 300  # token ids with a logit bias in a request
+
+
+class Matcher(Protocol):
+    """How far a text has come in its grammar. The engine asks before each token, from its own thread."""
+
+    def mask(self) -> np.ndarray:
+        """Returns which tokens may come next: u32[ceil(W / 32)], token i in bit i % 32 of word i // 32."""
+
+    def accept(self, token: int) -> None:
+        """Goes on by a token that the mask allowed. Raises ValueError otherwise."""
+
+
+class Grammar(Protocol):
+    """A compiled grammar; it belongs to one vocabulary and serves any number of requests."""
+
+    def start(self) -> Matcher:
+        """Returns a matcher at the beginning of a text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One text to be drawn.
+
+    Attributes:
+      prompt: token ids, each in [0, W), at least one.
+      max_tokens: tokens to draw at most, at least 1; None for as many as the context holds.
+      sampling: how to draw; its seed must be chosen.
+      expert_reduction: (Kmin, t) of each layer; None for the engine's.
+      stop: texts that end the answer; none of them is a part of it.
+      logit_bias: (token id, number added to its logit), at most `MAX_BIASED` pairs.
+      num_logprobs: how many of the most likely tokens to tell with each token, at most `MAX_LOGPROBS`; 0 for
+        the logprob of the drawn one alone, None for none at all.
+      grammar: what the text has to follow, None for nothing.
+      ignore_eos: draw on past tokens that end a text.
+      reuse_prefix: take rows of earlier requests that begin alike, and keep this one's for later ones.
+      salt: only requests of the same salt share rows.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int | None = None
+    sampling: SamplingParams
+    expert_reduction: tuple[Setting, ...] | None = None
+    stop: tuple[str, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    num_logprobs: int | None = None
+    grammar: Grammar | None = None
+    ignore_eos: bool = False
+    reuse_prefix: bool = True
+    salt: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """The last that is heard of a request that failed through no fault of its own."""
+
+    message: str
+
+
+class QueueFull(Exception):
+    """There are as many requests waiting as there may be; `retry_after` seconds is a fair guess when not."""
+
+    def __init__(self, message: str, retry_after: float = 1.0):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Draining(Exception):
+    """The engine takes no more requests: it is about to stop."""
