@@ -15,9 +15,11 @@ from cpu_kernels.library import (
     unavailable_because,
     use_instruction_set,
 )
-from cpu_kernels.matmul import head_matmul, head_transposed, matmul
+from cpu_kernels.matmul import FEW_ROWS, head_matmul, head_transposed, matmul
+from cpu_kernels.norm import rms_norm
 
 __all__ = [
+    "FEW_ROWS",
     "available",
     "expert_ffn",
     "formats",
@@ -27,6 +29,7 @@ __all__ = [
     "latent_attention",
     "latent_prefill",
     "matmul",
+    "rms_norm",
     "set_codebook",
     "unavailable_because",
     "use_instruction_set",

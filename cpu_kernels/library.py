@@ -20,6 +20,7 @@ _HANDLERS = (
     "mla_expert_ffn",
     "mla_latent_attention",
     "mla_latent_prefill",
+    "mla_rms_norm",
 )
 _codebooks: dict[str, np.ndarray] = {}  # what the library points to
 

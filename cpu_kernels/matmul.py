@@ -5,6 +5,8 @@ import numpy as np
 
 from cpu_kernels.library import call
 
+FEW_ROWS = 16  # kFewRows of the library
+
 
 def matmul(x: jax.Array, blocks: jax.Array, header: jax.Array, *, format: str) -> jax.Array:
     """Returns `x @ weight.T`.
@@ -16,7 +18,7 @@ def matmul(x: jax.Array, blocks: jax.Array, header: jax.Array, *, format: str) -
       format: one of `formats`.
 
     Returns:
-      f32[..., out]. Rows are computed apart; from eight on they are summed in another order.
+      f32[..., out]. Rows are computed apart; more than `FEW_ROWS` are summed in another order.
     """
     return call("mla_matmul", (*x.shape[:-1], blocks.shape[0]))(x, blocks, header, format=format)
 

@@ -21,8 +21,7 @@
 
 namespace MLA_ISA {
 
-constexpr int kManyActivations = 8;    // from here on building panels pays
-constexpr int64_t kLongRow = 1280;     // bytes
+constexpr int64_t kLongRow = 1280;  // bytes
 
 // The largest of 16 numbers, and their sum.
 inline int32_t largest_of(Ints x) {
@@ -153,7 +152,7 @@ void with_readable(const Matrix& matrix, int64_t begin, int64_t end, const Use& 
 
 template <template <class, int, int> class Dot, template <class> class PanelOf, class F>
 void multiply(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
-  if (x.count >= kManyActivations) return multiply_panels<PanelOf, F>(matrix, begin, end, x, out, stride);
+  if (x.many) return multiply_panels<PanelOf, F>(matrix, begin, end, x, out, stride);
   with_readable(matrix, begin, end, [&](const Matrix& part, int64_t first, int64_t count) {
     multiply_rows<Dot, F>(part, 0, count, x, out + first, stride);
   });
@@ -203,6 +202,17 @@ void gate(const float* gate, float* up, int64_t count) {
   std::memcpy(&u, up, sizeof(float) * count);
   u *= silu(g);
   std::memcpy(up, &u, sizeof(float) * count);
+}
+
+void normalise(const float* x, const float* weight, int64_t count, float epsilon, float* out) {
+  float sums[kLanes] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) sums[j] += x[i + j] * x[i + j];
+  for (; i < count; ++i) total += x[i] * x[i];
+  for (int j = 0; j < kLanes; ++j) total += sums[j];
+  const float scale = 1 / std::sqrt(total / static_cast<float>(count) + epsilon);
+  for (i = 0; i < count; ++i) out[i] = x[i] * scale * weight[i];
 }
 
 void add(const float* x, float weight, float* out, int64_t count) {
@@ -273,7 +283,7 @@ const mla::Format kFormats[] = {
 #define MLA_STRING(x) MLA_STRING_(x)
 extern const mla::Kernels kernels;
 const mla::Kernels kernels = {MLA_STRING(MLA_ISA), kFormats,       sizeof(kFormats) / sizeof(kFormats[0]),
-                              quantise,            gate,           add,
+                              quantise,            gate,           normalise,     add,
                               read_slots,          attend_latents, attend_tile,
                               cache_type};
 

@@ -34,11 +34,16 @@ struct Row {
   const uint8_t* blocks;
 };
 
+// A product sums in one order for up to so many rows of activations in a call, and in another for more. So what a row
+// gives depends neither on the others of a decode step, nor on those of a prompt's piece.
+constexpr int64_t kFewRows = 16;
+
 // Some rows of activations: `index[i]` is the row of `source` that stands at place i; null: i itself.
 struct Selection {
   const Activations* source;
   const int32_t* index;
   int count;
+  bool many;  // of a call with more than kFewRows
 
   int row(int place) const { return index ? index[place] : place; }
 };
@@ -126,6 +131,8 @@ struct Kernels {
   void (*quantise)(Activations* out, int row);
   // up[i] *= silu(gate[i])
   void (*gate)(const float* gate, float* up, int64_t count);
+  // out[i] = x[i] * weight[i] / sqrt(mean of x squared + epsilon)
+  void (*normalise)(const float* x, const float* weight, int64_t count, float epsilon, float* out);
   // out[i] += weight * x[i]
   void (*add)(const float* x, float weight, float* out, int64_t count);
   // Decodes one part of slots [begin, end) of a sequence to rows `stride` apart; zeros where there is no page.

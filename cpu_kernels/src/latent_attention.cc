@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kSplitSlots = 128;    // slots of a sequence that one task attends to at least
 constexpr int kBlockQueries = 256;  // that a task has at most
-constexpr int kMaxTasks = 64;       // that split a sequence further: each keeps what it found until all are merged
+constexpr int kMaxTasks = 32;       // of a sequence, all queries together: each keeps what it found until all are merged
 
 // Some queries of a sequence, and some of its slots.
 struct Task {
@@ -24,10 +24,10 @@ struct Plan {
   std::vector<Task> tasks;
   std::vector<int64_t> first;
 
-  // How slots are split must not depend on the number of threads, nor may results.
+  // How slots are split, and with it results, must depend neither on the number of threads nor on other sequences.
   Plan(const AttentionCall& call, int64_t queries)
       : blocks((queries + kBlockQueries - 1) / kBlockQueries), first(1, 0) {
-    const int splits = static_cast<int>(std::max<int64_t>(1, kMaxTasks / (call.batch * blocks)));
+    const int splits = static_cast<int>(std::max<int64_t>(1, kMaxTasks / blocks));
     for (int64_t b = 0; b < call.batch; ++b) {
       const int length = call.length(b), step = std::max(kSplitSlots, (length + splits - 1) / splits);
       for (int64_t query = 0; query < queries; query += kBlockQueries) {

@@ -1,5 +1,7 @@
 """The small parts of every layer. `read_weight` is the only way from a module to a stored weight."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,9 +53,13 @@ class NormWeight(nn.Module):
 
 def rms_norm(x, weight, epsilon: float):
     """Divides x [..., n] by the root mean square of its last axis and multiplies by `weight` f32[n]."""
-    x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return x * jnp.broadcast_to(weight, x.shape)
+
+    def default(x, weight):
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+        return x * jnp.broadcast_to(weight, x.shape)
+
+    cpu = functools.partial(cpu_kernels.rms_norm, epsilon=epsilon)
+    return dispatch.run(x.astype(jnp.float32), weight, cpu=cpu, default=default)
 
 
 class RMSNorm(nn.Module):

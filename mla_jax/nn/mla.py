@@ -23,7 +23,7 @@ from mla_jax.nn.up_projections import UpProjections
 from mla_jax.quant import dispatch
 
 FLASH_CHUNK = 256  # cached tokens per step of the running softmax
-PREFILL_TOKENS = 128  # modes 2 and 3 expand from this many new tokens on, padding included
+PREFILL_TOKENS = 32  # modes 2 and 3 expand from this many new tokens on, padding included
 
 _MASKED = -1e30  # finite: a chunk that is masked throughout must not produce inf - inf
 
