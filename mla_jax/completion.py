@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Logprobs:
-    """How likely the token was, after penalties and biases, before filters and temperature.
+    """How likely the token was to the model itself, before penalties, biases, filters and temperature.
 
     Attributes:
       chosen: natural logarithm of the probability of the token that was drawn.
@@ -21,7 +21,7 @@ class Piece:
     """One step of a stream.
 
     Attributes:
-      token: id just drawn.
+      token: id just drawn; -1 where none was, after a cancellation.
       text: characters that became certain with it; may be empty.
       finish_reason: None while it goes on; "stop" at an end-of-generation token or a stop text, "length" at
         `max_tokens` or where the context is full, "cancel" after `Ticket.cancel`.

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from mla_jax.config import ModelConfig
 from mla_jax.nn.moe import ExpertReduction
@@ -75,12 +76,11 @@ def per_layer(
 
 
 @functools.lru_cache(maxsize=64)  # it is asked for at every token
-def arrays(settings: tuple[Setting, ...]) -> ExpertReduction:
-    """Returns settings by layer for a batch of one, [L, 1] whatever they are: one compilation serves all."""
-    minimum, threshold = zip(*settings, strict=True)
+def arrays(*rows: tuple[Setting, ...]) -> ExpertReduction:
+    """Returns settings by layer of some sequences, [L, B] whatever they are: one compilation serves all."""
+    pairs = np.asarray(rows, np.float64).transpose(2, 1, 0)
     return ExpertReduction(
-        minimum=jnp.asarray(minimum, jnp.int32)[:, None],
-        threshold=jnp.asarray(threshold, jnp.float32)[:, None],
+        minimum=jnp.asarray(pairs[0].astype(np.int32)), threshold=jnp.asarray(pairs[1].astype(np.float32))
     )
 
 

@@ -1,17 +1,12 @@
-"""From a prompt to text on the host: `Model` holds the weights, the cache and the loop over `steps`."""
+"""From a file to text: `load` reads a model, `Model` holds its weights and the engine that draws texts."""
 
-import collections
 import dataclasses
-import functools
-import itertools
 import operator
 import pathlib
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -21,20 +16,24 @@ from checkpoints_tools import hparams
 from mla_jax import cache as cache_lib
 from mla_jax import chat, sampler, steps, tokenizer
 from mla_jax import expert_reduction as reduction_lib
-from mla_jax.cache import Cache, init_cache
+from mla_jax.cache import init_cache
 from mla_jax.completion import Completion, Piece, Timings
 from mla_jax.config import ModelConfig, RunConfig
 from mla_jax.nn.transformer import lay_out
+from mla_jax.serve.device import Device
+from mla_jax.serve.engine import Engine
+from mla_jax.serve.request import Request
+from mla_jax.serve.ticket import Ticket
 
 PACKAGED_MODEL = pathlib.Path(__file__).parent / "models" / "python-stdlib-15m-q8_0.gguf"
 DEFAULT_CTX_SIZE = 8192
 DEFAULT_UBATCH = 512
+MAX_PARALLEL = 256
 _CTX_SIZE_UPPER = 2**31 - 256  # positions are int32, and the cache is rounded up to 256 slots
-_SMOOTH_SECONDS = 0.05  # that a stream may stand still for: 20 times a second looks like flowing
 
 
 class Model:
-    """A model ready to generate: weights, vocabulary, run settings and one cache.
+    """A model ready to generate: weights, vocabulary, run settings, and an engine with one pool of rows.
 
     Attributes:
       config: the model.
@@ -42,7 +41,7 @@ class Model:
       params: nested dict of weights, to be used with `mla_jax.apply`.
       tokenizer: text to ids and back.
       ctx_size: tokens that the cache holds.
-      expert_reduction: (Kmin, t) of each layer, `expert_reduction.OFF` for none.
+      engine: draws the texts; a server hands it many requests at once.
       timings: of the newest request.
     """
 
@@ -55,11 +54,34 @@ class Model:
         run: RunConfig,
         ctx_size: int,
         ubatch: int = DEFAULT_UBATCH,
+        parallel: int = 1,
+        cache_ram: int | None = None,
+        keep_drawn: bool = True,
+        **engine,
     ):
+        """Lays the weights out for the device; see `load` for what the arguments mean.
+
+        Args:
+          params: nested dict of weights.
+          config: the model.
+          vocabulary: its tokens.
+          run: how it is run.
+          ctx_size: tokens that the cache holds.
+          ubatch: prompt tokens computed at a time.
+          parallel: requests that run at a time.
+          cache_ram: MiB of rows kept for prompts that begin alike; None for as many as the cache holds.
+          keep_drawn: keep rows of drawn tokens as well, see `Engine`.
+          **engine: further arguments of `Engine`.
+
+        Raises:
+          ValueError: for a number out of range, or a vocabulary that does not fit.
+        """
         if not 1 <= ctx_size <= _CTX_SIZE_UPPER:
             raise ValueError(f"ctx_size must be in [1, {_CTX_SIZE_UPPER}], got {ctx_size}.")
         if ubatch < 1:
             raise ValueError(f"ubatch must be at least 1, got {ubatch}.")
+        if not 1 <= parallel <= MAX_PARALLEL:
+            raise ValueError(f"parallel must be in [1, {MAX_PARALLEL}], got {parallel}.")
         if len(vocabulary.tokens) != config.vocab_size:
             raise ValueError(
                 f"the vocabulary must have the {config.vocab_size} tokens of the embedding, "
@@ -67,13 +89,32 @@ class Model:
             )
         self.params, self.config, self.run = lay_out(params, run), config, run
         self.ctx_size, self.timings = ctx_size, Timings()
-        self.expert_reduction = reduction_lib.per_layer(config, None)
         self.tokenizer = tokenizer.Tokenizer(vocabulary)
-        self._ubatch = min(ubatch, ctx_size)
-        self._cache: Cache | None = None
-        self._cached_tokens: list[int] = []
-        self._settings = self.expert_reduction  # that the cache was computed with
-        self._num_requests = 0
+        self._ubatch, eog_ids = min(ubatch, ctx_size), self.tokenizer.eog_ids
+        sizes = dict(ctx_size=ctx_size, ubatch=self._ubatch, max_rows=parallel)
+        device = Device(self.params, config, run, eog_ids=eog_ids, **sizes)
+        page_bytes = device.page_size * cache_lib.bytes_per_token(config, run)
+        self.engine = Engine(
+            device,
+            self.tokenizer,
+            ctx_size=ctx_size,
+            expert_reduction=reduction_lib.per_layer(config, None),
+            num_slots=parallel,
+            prefix_pages=None if cache_ram is None else (cache_ram << 20) // page_bytes,
+            keep_drawn=keep_drawn,
+            **engine,
+        )
+        self._newest: Ticket | None = None
+        self._num_read = 0  # pieces of the newest request
+
+    @property
+    def expert_reduction(self) -> tuple[reduction_lib.Setting, ...]:
+        """(Kmin, t) of each layer, `expert_reduction.OFF` for none, for requests that do not say."""
+        return self.engine.expert_reduction
+
+    @expert_reduction.setter
+    def expert_reduction(self, settings: tuple[reduction_lib.Setting, ...]) -> None:
+        self.engine.expert_reduction = settings
 
     def generate(self, prompt: str | Sequence[int], *, max_tokens: int = 128, **sampling) -> Completion:
         """Returns the whole continuation of `prompt`; arguments as in `stream_generate`."""
@@ -95,12 +136,12 @@ class Model:
     ) -> Iterator[Piece]:
         """Yields the continuation of `prompt` as it is drawn, at most 0.05 s or one token late.
 
-        There is one cache: the next request ends this stream, which then raises if it is read on.
+        There is one stream: the next request ends this one, which then raises if it is read on.
 
         Args:
           prompt: text, special tokens in it parsed; or token ids, taken as they are.
           max_tokens: tokens to draw at most; negative for as many as the context holds.
-          reuse_prefix: keep the cache of the tokens that this prompt shares with the last one, as chats do.
+          reuse_prefix: keep the cache of the tokens that this prompt shares with earlier ones, as chats do.
           expert_reduction: (Kmin, t) of all layers for this request, t = 0 for off; None for the model's.
           **sampling: fields of `SamplingParams`. Without a seed each call draws its own.
 
@@ -117,21 +158,22 @@ class Model:
         settings = self.expert_reduction
         if expert_reduction is not None:
             settings = reduction_lib.per_layer(self.config, expert_reduction)
-        return self._stream(ids, max_tokens, sampler.batch([params]), settings, reuse_prefix)
+        request = Request(
+            prompt=tuple(ids),
+            max_tokens=max_tokens if max_tokens > 0 else None,
+            sampling=params,
+            expert_reduction=settings,
+        )
+        return self._stream(request, reuse_prefix)
 
-    def encode_chat(self, messages: Sequence[dict]) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict], **options) -> list[int]:
         """Returns the prompt of a conversation, by the chat template of the file or a built-in one.
 
         Args:
-          messages: mappings with "role" ("system", "user" or "assistant") and "content".
+          messages: mappings with "role" ("system", "user", "assistant" or "tool") and "content".
+          **options: `template`, `tools` and `kwargs` of `chat.encode`.
         """
-        vocabulary = self.tokenizer.vocabulary
-        text = lambda token: "" if token is None else vocabulary.tokens[token]
-        template = vocabulary.chat_template or chat.builtin_template(vocabulary.tokens)
-        bos_token, eos_token = text(vocabulary.bos_id), text(vocabulary.eos_id)
-        prompt = chat.render(messages, template, bos_token=bos_token, eos_token=eos_token)
-        add_special = not (bos_token and prompt.startswith(bos_token))
-        return self.tokenizer.encode(prompt, add_special=add_special)
+        return chat.encode(messages, self.tokenizer, **options)
 
     def save_cache(self, path: str | pathlib.Path, num_tokens: int | None = None) -> int:
         """Writes the cache of the newest request to a file, see `cache.save`, and returns its bytes.
@@ -140,16 +182,15 @@ class Model:
           path: the file, replaced if it exists; whole or not there.
           num_tokens: how many tokens of it; None for all.
         """
-        if self._cache is None:
+        if self._newest is None:
             raise ValueError("there must be a cache to save: generate something first.")
-        num_cached = len(self._cached_tokens)
+        request = self._newest.request
+        num_cached = len(request.prompt) + self._num_read - 1
         if num_tokens is not None and not 0 <= num_tokens <= num_cached:
             raise ValueError(f"num_tokens must be in [0, {num_cached}], got {num_tokens}.")
-        tokens = self._cached_tokens[:num_tokens]
-        reduction = reduction_lib.describe(self._settings)
-        return cache_lib.save(
-            path, self._cache, tokens, model=self._fingerprint, run=self.run, expert_reduction=reduction
-        )
+        num_tokens = num_cached if num_tokens is None else num_tokens
+        settings = request.expert_reduction
+        return self.engine.save_slot(0, path, num_tokens=num_tokens, expert_reduction=settings)[1]
 
     def load_cache(self, path: str | pathlib.Path) -> list[int]:
         """Reads what `save_cache` wrote, for the next request with `reuse_prefix` to go on from.
@@ -160,23 +201,12 @@ class Model:
         Raises:
           ValueError: if the file is not sound, or of another model, other settings or a larger context.
         """
-        empty = init_cache(self.config, self.run, batch=1, ctx_size=self.ctx_size)
-        reduction = reduction_lib.describe(self.expert_reduction)
-        cache, tokens = cache_lib.load(
-            path, empty, model=self._fingerprint, run=self.run, expert_reduction=reduction
-        )
-        if len(tokens) > self.ctx_size:
-            raise ValueError(
-                f"{path} must have at most the {self.ctx_size} tokens of the context, got {len(tokens)}."
-            )
-        self._num_requests += 1  # a stream that is open ends
-        self._cache, self._cached_tokens, self._settings = cache, tokens, self.expert_reduction
-        return list(tokens)
+        tokens = self.engine.restore_slot(0, path, cancels=True)
+        self._newest = None
+        return tokens
 
     def routing(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Returns which experts each token takes in a pass over `tokens`, with the reduction of the model.
-
-        It uses the cache, so the newest stream ends.
 
         Returns:
           ids i32[L, T, K] and weights f32[L, T, K] of the L layers that have experts, in order; the id of an
@@ -184,17 +214,18 @@ class Model:
         """
         if self.config.moe is None:
             raise ValueError("routing must be asked of a model with experts, got one without.")
-        self._num_requests += 1
-        tokens, parts, settings = self._check(tokens), [], self.expert_reduction
-        for count, routed in self._steps(tokens, 0, settings, steps.route):
+        tokens, parts = self._check(tokens), []
+        cache = init_cache(self.config, self.run, batch=1, ctx_size=len(tokens))
+        settings = dict(
+            reduction=reduction_lib.arrays(self.expert_reduction), config=self.config, run=self.run
+        )
+        for count, width in steps.split_prompt(len(tokens), self._ubatch):
+            padded = np.zeros((1, width), np.int32)
+            padded[0, :count], tokens = tokens[:count], tokens[count:]
+            cache, *routed = steps.route(self.params, padded, np.asarray([count]), cache, **settings)
             parts.append([np.asarray(part)[:, 0, :count] for part in routed])
-        self._cached_tokens = list(tokens)
         ids, weights = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         return ids, weights
-
-    @functools.cached_property
-    def _fingerprint(self):
-        return cache_lib.fingerprint(self.config, self.params)
 
     def _encode(self, text):
         if not text:
@@ -216,106 +247,20 @@ class Model:
                 )
         return ids
 
-    def _stream(self, ids, max_tokens, sampling, settings, reuse_prefix):
-        self._num_requests += 1
-        self.timings = Timings(prompt_tokens=len(ids))
-        began = time.perf_counter()
-        self._prefill(ids, settings, reuse_prefix)
-        decoder = tokenizer.StreamDecoder(self.tokenizer)
-        room = self.ctx_size - len(ids) + 1  # the last token that is drawn needs no slot
-        limit = min(max_tokens, room) if max_tokens > 0 else room
-        for count, (token, seconds) in enumerate(self._draw(ids, limit, sampling), start=1):
-            if count == 1:
-                self.timings.prompt_seconds = time.perf_counter() - began
-            else:
-                self.timings.decode_seconds += seconds
-            self.timings.decoded_tokens = count - 1
-            reason = None
-            if token in self.tokenizer.eog_ids:
-                reason = "stop"
-            elif count == limit:
-                reason = "length"
-            text = "" if reason == "stop" else decoder.feed(token)
-            yield Piece(token=token, text=text + (decoder.flush() if reason else ""), finish_reason=reason)
-            if reason:
-                return
-
-    def _draw(self, ids, limit, sampling):
-        """Yields `limit` tokens, fewer if one ends the text, and the seconds that each took.
-
-        Tokens are drawn ahead of the reader. `_cached_tokens` has what step by step would be in the cache at
-        each token; rows after those are dead, since a request sets the length of the cache when it begins.
-        """
-        request = self._num_requests
-        tail = ids[:-1][-sampler.NUM_RECENT :]
-        recent = np.full((1, sampler.NUM_RECENT), -1, np.int32)
-        recent[0, sampler.NUM_RECENT - len(tail) :] = tail
-        newest, num_steps, ahead = ids[-1], 1, collections.deque()
-        for left in range(limit, 0, -1):
-            if request != self._num_requests:
+    def _stream(self, request, reuse_prefix):
+        if self._newest is not None:
+            self._newest.cancel()
+        if not reuse_prefix:
+            self.engine.forget()
+        ticket, pieces = self.engine.stream(request)
+        self._newest, self._num_read, self.timings = ticket, 0, ticket.timings
+        for piece in pieces:
+            if self._newest is not ticket:
                 raise ValueError(
                     "a stream must be read before the next request of its model, which has begun."
                 )
-            if not ahead:
-                began = time.perf_counter()
-                drawn, recent = self._decode(newest, recent, sampling, min(num_steps, left))
-                seconds = (time.perf_counter() - began) / len(drawn)
-                num_steps = steps.within(_SMOOTH_SECONDS, seconds)
-                ahead.extend(drawn)
-            self._cached_tokens.append(newest)
-            newest = ahead.popleft()
-            yield newest, seconds
-
-    def _prefill(self, ids, settings, reuse_prefix):
-        """Brings the cache to hold all of `ids` but the last, which `_decode` takes."""
-        shared = 0
-        if self._cache is not None and reuse_prefix and settings == self._settings:
-            pairs = zip(self._cached_tokens, ids[:-1], strict=False)
-            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self.timings.cached_tokens = shared
-        for _ in self._steps(ids[:-1], shared, settings, steps.prefill):
-            pass
-        self._cached_tokens = ids[:-1]
-
-    def _steps(self, ids, start, settings, step):
-        """Yields (tokens, what else `step` returns) for each piece of `ids` from `start` on."""
-        cache = self._cache or init_cache(self.config, self.run, batch=1, ctx_size=self.ctx_size)
-        # The cache is donated: after a failure there is none.
-        self._cache, self._cached_tokens, self._settings = None, [], settings
-        cache = dataclasses.replace(cache, length=jnp.full((1,), start, jnp.int32))
-        for count, width in steps.split_prompt(len(ids) - start, self._ubatch):
-            tokens = np.zeros((1, width), np.int32)
-            tokens[0, :count] = ids[start : start + count]
-            num_tokens = np.asarray([count], np.int32)
-            inputs = dict(reduction=self._reduction, config=self.config, run=self.run)
-            out = step(self.params, tokens, num_tokens, cache, **inputs)
-            cache, *rest = (out,) if isinstance(out, Cache) else out
-            start += count
-            yield count, rest
-        self._cache = cache
-
-    @property
-    def _reduction(self):
-        return None if self.config.moe is None else reduction_lib.arrays(self._settings)
-
-    def _decode(self, token, recent, sampling, num_steps):
-        cache = self._cache
-        self._cache = None  # donated: after a step that failed the next request starts anew
-        drawn, taken, recent, cache = steps.decode(
-            self.params,
-            np.asarray([token], np.int32),
-            recent,
-            cache,
-            sampling,
-            np.int32(num_steps),
-            np.asarray(sorted(self.tokenizer.eog_ids), np.int32),
-            reduction=self._reduction,
-            config=self.config,
-            run=self.run,
-        )
-        drawn, taken = jax.device_get((drawn, taken))  # waits, and raises what failed
-        self._cache = cache
-        return drawn[0, :taken].tolist(), recent
+            self._num_read += 1
+            yield piece
 
 
 def _prepare(compilation_cache):
@@ -346,6 +291,7 @@ def load(
     expert_reduction: reduction_lib.Setting | None = None,
     compilation_cache: str | pathlib.Path | None = steps.COMPILATION_CACHE,
     progress=None,
+    **model,
 ) -> Model:
     """Loads a deepseek2 GGUF file and makes it ready to generate.
 
@@ -365,6 +311,7 @@ def load(
       expert_reduction: (Kmin, t) of Smart Expert Reduction, see `nn.moe.ExpertReduction`; None for off.
       compilation_cache: folder of compiled code, for all models of this process; None leaves it as it is.
       progress: called with (tensors done, tensors, bytes done, bytes) while loading; None prints a line.
+      **model: `parallel` and further arguments of `Model`.
 
     Returns:
       The model.
@@ -387,6 +334,7 @@ def load(
     limit = checkpoint.config.context_length
     size = min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)
     vocabulary = hparams.vocabulary(checkpoint.metadata, checkpoint.config, checkpoint.path)
-    model = Model(checkpoint.params, checkpoint.config, vocabulary, run=run, ctx_size=size, ubatch=ubatch)
-    model.expert_reduction = reduction_lib.per_layer(model.config, expert_reduction)
-    return model
+    sizes = dict(ctx_size=size, ubatch=ubatch)
+    loaded = Model(checkpoint.params, checkpoint.config, vocabulary, run=run, **sizes, **model)
+    loaded.expert_reduction = reduction_lib.per_layer(loaded.config, expert_reduction)
+    return loaded

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
 from mla_jax import cache as cache_lib
+from mla_jax import logits as logits_lib
 from mla_jax import sampler
 from mla_jax.cache import Cache
 from mla_jax.config import ModelConfig, RunConfig
@@ -22,6 +23,7 @@ from mla_jax.nn.transformer import Transformer
 
 _SMALLEST_BUCKET = 32
 MAX_STEPS = 32  # of one `decode`
+NOT_FINITE = -2  # in place of a token where the largest logit was infinite or NaN
 
 
 def buckets(ubatch: int) -> tuple[int, ...]:
@@ -135,8 +137,9 @@ def decode(
       run: how it is run.
 
     Returns:
-      tokens drawn i32[B, MAX_STEPS], -1 after the last step; how many steps were taken, i32; and `recent` and
-      the cache with all tokens in them but those that the last step drew.
+      tokens drawn i32[B, MAX_STEPS], -1 after the last step, `NOT_FINITE` for a row whose logits were not;
+      how many steps were taken, i32; and `recent` and the cache with all tokens in them but those that the
+      last step drew.
     """
     transformer = Transformer(config, run)
 
@@ -152,6 +155,7 @@ def decode(
         inputs = tokens[:, None], cache, None, pages, reduction
         logits, cache = transformer.apply({"params": weights}, *inputs)
         tokens = sampler.sample(logits[:, 0], recent, cache.length, sampling)
+        tokens = _if_finite(tokens, logits[:, 0])
         has_ended |= jnp.any(tokens[:, None] == eog_ids[None], axis=1)
         drawn = jax.lax.dynamic_update_slice_in_dim(drawn, tokens[:, None], step, axis=1)
         return step + 1, has_ended, tokens, drawn, recent, cache
@@ -163,7 +167,40 @@ def decode(
     return drawn, step, recent, cache
 
 
+@functools.partial(jax.jit, static_argnames=("config", "run"), donate_argnames="cache")
+def draw(
+    params,
+    tokens: jax.Array,
+    recent: jax.Array,
+    cache: Cache,
+    sampling: sampler.SamplingState,
+    constraints: logits_lib.Constraints,
+    pages: jax.Array | None = None,
+    reduction: ExpertReduction | None = None,
+    *,
+    config: ModelConfig,
+    run: RunConfig,
+):
+    """Takes one step of `decode` under `constraints`; other arguments as there.
+
+    Returns:
+      tokens drawn i32[B], `NOT_FINITE` for a row whose logits were not; `logits.logprobs` of them; the cache.
+    """
+    inputs = tokens[:, None], cache, None, pages, reduction
+    logits, cache = Transformer(config, run).apply({"params": params}, *inputs)
+    logits, recent = logits[:, 0], jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
+    allowed = logits_lib.constrain(logits, constraints)
+    drawn = sampler.sample(allowed, recent, cache.length, sampling)
+    return _if_finite(drawn, logits), logits_lib.logprobs(logits, drawn), cache
+
+
+def _if_finite(tokens, logits):
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), tokens, NOT_FINITE)
+
+
 copy_pages = jax.jit(cache_lib.copy_pages, donate_argnames="cache")
+take_pages = jax.jit(cache_lib.take_pages)
+put_pages = jax.jit(cache_lib.put_pages, donate_argnames="cache")
 
 COMPILATION_CACHE = pathlib.Path(os.path.expanduser("~"), ".cache", "mla_jax", "xla")  # never raises
 

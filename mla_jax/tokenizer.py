@@ -10,7 +10,7 @@ import codecs
 import collections
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -155,7 +155,9 @@ class Tokenizer:
         self._bpe = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=list(vocabulary.merges)))
         self._bpe.pre_tokenizer = pretokenize.pre_tokenizer(vocabulary.pre)
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special=True, parse_special=True, stand_ins: Mapping[str, str] | None = None
+    ) -> list[int]:
         """Returns the token ids of `text`.
 
         Args:
@@ -163,15 +165,17 @@ class Tokenizer:
           add_special: put BOS before and EOS after, where the vocabulary asks for them.
           parse_special: read the text of control tokens as those tokens. False: it is text like any other,
             for what a user wrote; user-defined tokens are found all the same, as in ik_llama.cpp.
+          stand_ins: characters to be replaced by others, after special tokens were found.
 
         Raises:
           ValueError: `text` is longer than 2 Mi characters, or holds a lone surrogate or a byte that the
             vocabulary has no token for.
         """
-        self._check_text(text)
-        ids = []
+        ids, table = [], str.maketrans(dict(stand_ins or {}))
+        as_meant = lambda part: part.translate(table) if table else part
+        self._check_text(as_meant(text))
         for part in _split(text, self._special if parse_special else self._user_defined):
-            ids.extend([part] if isinstance(part, int) else self._bpe.encode(part).ids)
+            ids.extend([part] if isinstance(part, int) else self._bpe.encode(as_meant(part)).ids)
         if add_special and self.vocabulary.add_bos:
             ids.insert(0, self.vocabulary.bos_id)
         if add_special and self.vocabulary.add_eos:
@@ -227,14 +231,16 @@ class StreamDecoder:
     The parts that `feed` returns, and last `flush`, joined are `Tokenizer.decode` of the same ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, shown: Container[int] = ()):
+        """Begins a text; control tokens among `shown` are rendered as their text whatever `skip_special`."""
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._skip_special, self._shown = skip_special, shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
         """Returns the text that is certain once `token_id` has come; may be empty."""
-        return self._utf8.decode(self._tokenizer._rendered(token_id, self._skip_special))
+        skip_special = self._skip_special and token_id not in self._shown
+        return self._utf8.decode(self._tokenizer._rendered(token_id, skip_special))
 
     def flush(self) -> str:
         """Returns U+FFFD for a character still incomplete, else nothing, and starts afresh."""

@@ -6,6 +6,7 @@ page: `append` gives it a copy first. The device learns of all this through `row
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 from mla_jax.cache.rows import PAGE_SIZE
 
@@ -57,11 +58,31 @@ class PageTable:
             raise ValueError(f"width must be at least the {len(pages)} pages of the sequence, got {width}.")
         return pages + [self.num_pages] * (width - len(pages))
 
-    def open(self) -> int:
-        """Returns a new sequence without tokens."""
+    def pages(self, sequence: int) -> tuple[int, ...]:
+        """Returns the pages of a sequence in order."""
+        return tuple(self._sequences[sequence].pages)
+
+    def open(self, pages: Sequence[int] = ()) -> int:
+        """Returns a new sequence: without tokens, or with `pages`, full ones that others have or hold."""
         sequence = next(self._names)
-        self._sequences[sequence] = _Sequence([], 0)
+        self._sequences[sequence] = _Sequence(list(pages), len(pages) * self.page_size)
+        for page in pages:
+            self.hold(page)
         return sequence
+
+    def hold(self, page: int) -> None:
+        """Keeps a page that somebody has from being freed, until `drop`."""
+        if not self._owners[page]:
+            raise ValueError(f"page must have an owner to be held, got the free page {page}.")
+        self._owners[page] += 1
+
+    def drop(self, page: int) -> None:
+        """Takes back one `hold`."""
+        self._release(page)
+
+    def num_owners(self, page: int) -> int:
+        """Returns how many sequences have the page, and holds."""
+        return self._owners[page]
 
     def append(self, sequence: int, count: int) -> list[tuple[int, int]]:
         """Makes room for `count` more tokens.
@@ -74,31 +95,39 @@ class PageTable:
           PoolExhausted: if there are not enough free pages. Nothing is changed then.
         """
         entry = self._sequences[sequence]
-        if count < 0:
-            raise ValueError(f"count must be at least 0, got {count}.")
-        num_more = self._pages_for(entry.length + count) - len(entry.pages)
-        last = entry.pages[-1] if entry.length % self.page_size else None
-        is_copied = count > 0 and last is not None and self._owners[last] > 1
-        if num_more + is_copied > len(self._free):
+        needed, is_copied = self.needed(sequence, count), self._copies(entry, count)
+        if needed > len(self._free):
             raise PoolExhausted(
-                f"{num_more + is_copied} pages of {self.page_size} tokens must be free, "
+                f"{needed} pages of {self.page_size} tokens must be free, "
                 f"got {len(self._free)} of {self.num_pages}."
             )
         copies = []
         if is_copied:
+            last = entry.pages[-1]
             entry.pages[-1] = self._take()
             self._release(last)
             copies.append((last, entry.pages[-1]))
-        entry.pages += [self._take() for _ in range(num_more)]
+        entry.pages += [self._take() for _ in range(needed - is_copied)]
         entry.length += count
         return copies
 
+    def needed(self, sequence: int, count: int) -> int:
+        """Returns how many free pages `append` would take."""
+        if count < 0:
+            raise ValueError(f"count must be at least 0, got {count}.")
+        entry = self._sequences[sequence]
+        num_more = self.pages_for(entry.length + count) - len(entry.pages)
+        return num_more + self._copies(entry, count)
+
+    def pages_for(self, length: int) -> int:
+        """Returns how many pages so many tokens lie on."""
+        return -(-length // self.page_size)
+
     def fork(self, sequence: int) -> int:
         """Returns a new sequence with the same tokens, sharing all pages."""
-        entry, twin = self._sequences[sequence], self.open()
-        self._sequences[twin] = _Sequence(list(entry.pages), entry.length)
-        for page in entry.pages:
-            self._owners[page] += 1
+        entry = self._sequences[sequence]
+        twin = self.open(entry.pages)
+        self._sequences[twin].length = entry.length
         return twin
 
     def truncate(self, sequence: int, length: int) -> None:
@@ -106,7 +135,7 @@ class PageTable:
         entry = self._sequences[sequence]
         if not 0 <= length <= entry.length:
             raise ValueError(f"length must be in [0, {entry.length}], got {length}.")
-        num_kept = self._pages_for(length)
+        num_kept = self.pages_for(length)
         for page in reversed(entry.pages[num_kept:]):
             self._release(page)
         del entry.pages[num_kept:]
@@ -117,8 +146,10 @@ class PageTable:
         self.truncate(sequence, 0)
         del self._sequences[sequence]
 
-    def _pages_for(self, length):
-        return -(-length // self.page_size)
+    def _copies(self, entry, count):
+        """Whether it would write to a page that it shares."""
+        is_within = count > 0 and entry.length % self.page_size > 0
+        return is_within and self._owners[entry.pages[-1]] > 1
 
     def _take(self):
         page = self._free.pop()

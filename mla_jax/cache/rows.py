@@ -151,6 +151,18 @@ def copy_pages(cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
     return dataclasses.replace(cache, layers=jax.tree.map(copy, cache.layers))
 
 
+def take_pages(cache: Cache, pages: jax.Array):
+    """Returns the layers of the cache with pages i32[n] alone, in this order; zeros for what is no page."""
+    take = lambda part: jnp.take(part, pages, axis=0, mode="fill", fill_value=0)
+    return jax.tree.map(take, cache.layers)
+
+
+def put_pages(cache: Cache, pages: jax.Array, layers) -> Cache:
+    """Returns the cache with pages i32[n] as `take_pages` had them; what is no page is dropped."""
+    put = lambda part, new: part.at[pages].set(new, mode="drop")
+    return dataclasses.replace(cache, layers=jax.tree.map(put, cache.layers, layers))
+
+
 def bytes_per_token(config: ModelConfig, run: RunConfig) -> int:
     """Returns the cache bytes that one token takes in all layers."""
     cache = jax.eval_shape(lambda: init_cache(config, run, batch=1, ctx_size=1))

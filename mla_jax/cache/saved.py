@@ -13,7 +13,6 @@ import stat
 import tempfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -107,7 +106,7 @@ def load(
       pages: i32[M] its pages in a paged cache, which no other sequence shares.
 
     Returns:
-      The cache, and the token ids that it now holds.
+      The cache, in NumPy arrays, and the token ids that it now holds.
 
     Raises:
       ValueError: for a file that is truncated, altered, of another model or other settings, or has more
@@ -132,7 +131,8 @@ def load(
         raise ValueError(f"{path} must have at most {num_slots} tokens, got {tokens.size}.")
     places = _places(cache, tokens.size, sequence, pages)
     layers = _filled(path, cache, parts, places)
-    length = cache.length.at[sequence].set(tokens.size)
+    length = np.array(cache.length)
+    length[sequence] = tokens.size
     return Cache(layers=layers, length=length), tokens.tolist()
 
 
@@ -162,7 +162,8 @@ def _filled(path, cache, parts, places):
         if found is None or found.shape != wanted or found.dtype != _bits_dtype(part.dtype):
             got = "none" if found is None else f"{found.dtype}{list(found.shape)}"
             raise ValueError(f"{path}: tensor {name} must be {part.dtype}{list(wanted)}, got {got}.")
-        leaves.append(part.at[places].set(jnp.asarray(found.view(part.dtype))))
+        leaves.append(np.array(part))
+        leaves[-1][places] = found.view(part.dtype)
     if parts:
         raise ValueError(f"{path}: there must be no tensor {min(parts)} for this cache.")
     return jax.tree.unflatten(jax.tree.structure(layers), leaves)

@@ -1,16 +1,15 @@
-"""Messages to one prompt, by the jinja template of a GGUF file or a built-in one.
+"""Renders jinja templates in a sandbox; run as a script, in a process with limits on time and memory.
 
 A template from a file is a program that somebody else wrote. The sandbox of jinja2 keeps it from the
-interpreter, but not from looping or allocating without end, so it runs in a process of its own (this file,
-run as a script) with limits on time and memory. Built-in templates are rendered in place.
+interpreter, but not from looping or allocating without end, so it is rendered by a process of its own, which
+runs this file: a request as a line of JSON in, its answer as a line of JSON out (see `renderer`).
+Nothing of the package is imported here, so that the process starts fast.
 """
 
 import datetime
+import functools
 import json
-import subprocess
 import sys
-from collections.abc import Container, Mapping, Sequence
-from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -18,14 +17,12 @@ import jinja2.sandbox
 
 try:
     import resource
-except ImportError:  # not on Windows: the time limit alone is left
+except ImportError:  # not on Windows: the limit of wall time alone is left
     resource = None
 
-_TEMPLATE_CHARS_UPPER = 1 << 18
+CPU_SECONDS_UPPER = 2
+MEMORY_BYTES_UPPER = 512 << 20
 _PROMPT_CHARS_UPPER = 1 << 20
-_CPU_SECONDS_UPPER = 2
-_SECONDS_UPPER = 60  # of wall time: only reached when the machine has no time for the process
-_MEMORY_BYTES_UPPER = 512 << 20
 
 # Whatever an expression of a template can raise, as far as Python's own types and jinja2 do.
 _FAILURES = (
@@ -41,102 +38,41 @@ _FAILURES = (
     ValueError,
 )
 
-_CHAT = "{% for m in messages %}"
-BUILTIN_TEMPLATES = {
-    "deepseek2": _CHAT + "{% if m.role == 'user' %}User: {{ m.content }}\n\n"
-    "{% elif m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}"
-    "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}",
-    "deepseek3": _CHAT + "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
-    "{% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content }}{{ eos_token }}"
-    "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}",
-    "kimi-k2": _CHAT + "<|im_{{ m.role }}|>{{ m.role }}<|im_middle|>{{ m.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}",
-    "chatglm4": "[gMASK]<sop>" + _CHAT + "<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-}
+
+class _Arguments(dict):
+    """Arguments of a tool call, for templates that take them as text and for those that take a mapping."""
+
+    def __init__(self, values, text):
+        super().__init__(values)
+        self._text = text
+
+    def __str__(self):
+        return self._text
+
+    def __add__(self, other):
+        return self._text + other
+
+    def __radd__(self, other):
+        return other + self._text
+
+    def __bool__(self):
+        return True  # as text is that holds an empty object
 
 
-def builtin_template(tokens: Container[str]) -> str:
-    """Returns the built-in template whose markers are among `tokens`, else DeepSeek-V2's, in plain words."""
-    if "<｜User｜>" in tokens and "<｜Assistant｜>" in tokens:
-        return BUILTIN_TEMPLATES["deepseek3"]
-    if "<|im_middle|>" in tokens:
-        return BUILTIN_TEMPLATES["kimi-k2"]
-    if "[gMASK]" in tokens and "<sop>" in tokens:
-        return BUILTIN_TEMPLATES["chatglm4"]
-    return BUILTIN_TEMPLATES["deepseek2"]
-
-
-def render(
-    messages: Sequence[Mapping[str, Any]],
-    template: str,
-    *,
-    add_generation_prompt: bool = True,
-    bos_token: str = "",
-    eos_token: str = "",
-    **extra: Any,
-) -> str:
-    """Writes a conversation as the prompt that the model was trained on.
+def render(template: str, variables: dict) -> str:
+    """Renders in this process.
 
     Args:
-      messages: each a mapping with strings "role" and "content"; other entries are handed to the template.
-      template: jinja2, with what Hugging Face's templates count on: trimmed blocks, loop controls, `tojson`,
-        `raise_exception` and `strftime_now`. At most 256 Ki characters.
-      add_generation_prompt: end with the words that make the model answer.
-      bos_token: text of the BOS token. A template may write it or not: encode the prompt with
-        `add_special=not prompt.startswith(bos_token)`.
-      eos_token: text of the EOS token.
-      **extra: further variables of the template, as JSON values: `tools`, `enable_thinking`, ...
-
-    Returns:
-      The prompt, of at most 1 Mi characters.
+      template: jinja2.
+      variables: what it sees, JSON values; `messages` as `messages.normalised` returns them.
 
     Raises:
-      ValueError: a message is not as above, or the chat template fails or exceeds its limits of size, time
-        (2 s) and memory (512 MiB).
+      ValueError: the template fails, or writes too much; one sentence.
     """
-    _check_messages(messages)
-    variables = dict(
-        extra,
-        messages=[dict(message) for message in messages],
-        add_generation_prompt=add_generation_prompt,
-        bos_token=bos_token,
-        eos_token=eos_token,
-    )
-    if template in BUILTIN_TEMPLATES.values():
-        return _render(template, variables)
-    if len(template) > _TEMPLATE_CHARS_UPPER:
-        raise ValueError(
-            f"the chat template must have at most {_TEMPLATE_CHARS_UPPER} characters, got {len(template)}."
-        )
-    try:
-        request = json.dumps({"template": template, "variables": variables})
-    except (TypeError, RecursionError) as error:
-        raise ValueError(f"what the chat template is given must be JSON values: {error}.") from None
-    return _render_apart(request)
-
-
-def _check_messages(messages):
-    if not messages:
-        raise ValueError("messages must not be empty.")
-    for index, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
-                raise ValueError(f"messages[{index}] must have a string {key!r}, got {message!r:.80}.")
-
-
-def _render(template, variables):
-    """Renders in this process."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
     parts, length = [], 0
     try:
-        for part in environment.from_string(template).generate(**variables):
+        variables = variables | {"messages": [_with_arguments(entry) for entry in variables["messages"]]}
+        for part in _compiled(template).generate(**variables):
             length += len(part)
             if length > _PROMPT_CHARS_UPPER:
                 raise ValueError(f"it writes more than {_PROMPT_CHARS_UPPER} characters")
@@ -146,7 +82,36 @@ def _render(template, variables):
     return "".join(parts)
 
 
+@functools.lru_cache(maxsize=8)
+def _compiled(template):
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+    return environment.from_string(template)
+
+
+def _with_arguments(message):
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    function = lambda call: call["function"] | {"arguments": _arguments(call["function"]["arguments"])}
+    return message | {"tool_calls": [call | {"function": function(call)} for call in calls]}
+
+
+def _arguments(text):
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return _Arguments(values, text) if isinstance(values, dict) else text
+
+
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    if isinstance(value, _Arguments) and not (ensure_ascii or indent or separators or sort_keys):
+        return str(value)
     # jinja2's own escapes for HTML and sorts keys
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
@@ -163,43 +128,31 @@ def _sentence(error):
     return f"{type(error).__name__}{line}: {text}" if text else f"{type(error).__name__}{line}"
 
 
-def _render_apart(request):
-    """Renders in a process of its own, `_main` below."""
-    command = [sys.executable, "-P", __file__]  # -P: the package's folder must not come into sys.path
-    try:
-        process = subprocess.run(
-            command, input=request.encode(), capture_output=True, timeout=_SECONDS_UPPER, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"the chat template must finish within {_SECONDS_UPPER} s.") from None
-    try:
-        answer = json.loads(process.stdout)
-    except ValueError:
-        raise ValueError(
-            f"the chat template must finish within {_CPU_SECONDS_UPPER} s and "
-            f"{_MEMORY_BYTES_UPPER >> 20} MiB; its process ended with status {process.returncode}."
-        ) from None
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    return answer["prompt"]
-
-
 def _limit(kind, amount):
     _, hard = resource.getrlimit(kind)
     resource.setrlimit(kind, (amount if hard == resource.RLIM_INFINITY else min(amount, hard), hard))
 
 
+def _limit_time():
+    """Gives the process `CPU_SECONDS_UPPER` more from now on, rounded up to whole seconds."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS_UPPER)
+
+
 def _main():
-    request = json.load(sys.stdin)
     if resource is not None:
-        _limit(resource.RLIMIT_CPU, _CPU_SECONDS_UPPER)
-        _limit(resource.RLIMIT_AS, _MEMORY_BYTES_UPPER)
+        _limit(resource.RLIMIT_AS, MEMORY_BYTES_UPPER)
         _limit(resource.RLIMIT_CORE, 0)
-    try:
-        answer = {"prompt": _render(request["template"], request["variables"])}
-    except ValueError as error:
-        answer = {"error": str(error)}
-    json.dump(answer, sys.stdout)
+    for line in sys.stdin.buffer:
+        if resource is not None:
+            _limit_time()
+        try:
+            request = json.loads(line)
+            answer = {"prompt": render(request["template"], request["variables"])}
+        except ValueError as error:
+            answer = {"error": str(error)}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

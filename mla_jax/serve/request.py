@@ -6,10 +6,10 @@ from typing import Protocol
 import numpy as np
 
 from mla_jax.expert_reduction import Setting
+from mla_jax.logits import MAX_BIASED, MAX_LOGPROBS
 from mla_jax.sampler import SamplingParams
 
-MAX_LOGPROBS = 20  # most likely tokens that are told beside the one drawn
-MAX_BIASED = 300  # token ids with a logit bias in a request
+__all__ = ["MAX_BIASED", "MAX_LOGPROBS", "Draining", "Failure", "Grammar", "Matcher", "QueueFull", "Request"]
 
 
 class Matcher(Protocol):
@@ -44,6 +44,7 @@ class Request:
         the logprob of the drawn one alone, None for none at all.
       grammar: what the text has to follow, None for nothing.
       ignore_eos: draw on past tokens that end a text.
+      shown_tokens: control tokens that are a part of the text; others are not seen in it.
       reuse_prefix: take rows of earlier requests that begin alike, and keep this one's for later ones.
       salt: only requests of the same salt share rows.
     """
@@ -57,15 +58,17 @@ class Request:
     num_logprobs: int | None = None
     grammar: Grammar | None = None
     ignore_eos: bool = False
+    shown_tokens: frozenset[int] = frozenset()
     reuse_prefix: bool = True
     salt: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Failure:
-    """The last that is heard of a request that failed through no fault of its own."""
+    """The last that is heard of a request that failed while it ran, and why."""
 
     message: str
+    error: BaseException
 
 
 class QueueFull(Exception):

@@ -1,0 +1,286 @@
+"""What the engine has the device do: the weights, the pool of rows, and the compiled steps over them.
+
+The engine knows tokens and pages, this file arrays. Batches are padded to a few sizes with copies of their
+first row, which reads and writes what that row does: no further expert is read for it, and no page is hurt.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.monitoring
+import numpy as np
+
+from mla_jax import cache as cache_lib
+from mla_jax import expert_reduction as reduction_lib
+from mla_jax import logits as logits_lib
+from mla_jax import sampler, steps
+from mla_jax.cache import Cache
+from mla_jax.completion import Logprobs
+from mla_jax.config import ModelConfig, RunConfig
+
+MAX_ROWS = 16  # of a batch: up to so many, products on the CPU give a row the same whatever the others are
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A sequence that draws its next tokens.
+
+    Attributes:
+      tokens: all so far; rows of all but the newest are in the cache.
+      pages: where they are, with room for the tokens to be drawn.
+      sampling: how to draw.
+      reduction: (Kmin, t) of each layer.
+      bias: (token id, number added to its logit).
+      allowed: u32[ceil(W / 32)], bits of the tokens that may be drawn; None for all.
+      num_logprobs: how many likely tokens to tell; None for no logprobs at all.
+    """
+
+    tokens: Sequence[int]
+    pages: Sequence[int]
+    sampling: sampler.SamplingParams
+    reduction: tuple[reduction_lib.Setting, ...]
+    bias: tuple[tuple[int, float], ...] = ()
+    allowed: np.ndarray | None = None
+    num_logprobs: int | None = None
+
+
+class Device:
+    """Weights and a pool of rows.
+
+    Attributes:
+      page_size: tokens in a page.
+      num_pages: pages in the pool.
+      vocab_size: tokens of the vocabulary, W.
+      widths: sizes that pieces of prompts are padded to.
+      batches: sizes that batches are padded to.
+      num_compiled: programs that were compiled, or read from the folder that keeps them, by this process.
+    """
+
+    def __init__(
+        self,
+        params,
+        config: ModelConfig,
+        run: RunConfig,
+        *,
+        ctx_size: int,
+        ubatch: int,
+        max_rows: int,
+        eog_ids: Sequence[int],
+        page_size: int = cache_lib.PAGE_SIZE,
+    ):
+        self.page_size, self.num_pages = page_size, -(-ctx_size // page_size)
+        self.widths = steps.buckets(ubatch)
+        self.batches = _batches(min(max_rows, MAX_ROWS))
+        self.vocab_size = config.vocab_size
+        self._params, self._settings = params, dict(config=config, run=run)
+        self._config, self._run, self._layers = config, run, None
+        self._eog_ids = np.asarray(sorted(eog_ids) or [-1], np.int32)
+        self._samplings = {}
+
+    @property
+    def num_compiled(self) -> int:
+        """Programs compiled so far in this process."""
+        return _compilations.count
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the rows are still there; a step that failed may have taken them along."""
+        return self._layers is not None and not any(
+            leaf.is_deleted() for leaf in jax.tree.leaves(self._layers)
+        )
+
+    def reset(self) -> None:
+        """Forgets all rows."""
+        self._layers = None
+
+    def prefill(self, tokens: Sequence[int], width: int, start: int, pages: Sequence[int], reduction) -> None:
+        """Computes the rows of `tokens`, padded to `width`, from slot `start` on."""
+        padded = np.zeros((1, width), np.int32)
+        padded[0, : len(tokens)] = tokens
+        count = np.asarray([len(tokens)], np.int32)
+        cache = steps.prefill(
+            self._params,
+            padded,
+            count,
+            self._cache([start]),
+            self._table([pages]),
+            self._reduction([reduction]),
+            **self._settings,
+        )
+        self._layers = cache.layers
+
+    def decode(self, rows: Sequence[Row], num_steps: int) -> list[list[int]]:
+        """Draws up to `num_steps` tokens for each row, fewer if all have drawn one that ends a text."""
+        rows, count = self._padded(rows), len(rows)
+        drawn, taken, _, cache = steps.decode(
+            self._params,
+            *self._inputs(rows),
+            np.int32(num_steps),
+            self._eog_ids,
+            self._table([row.pages for row in rows]),
+            self._reduction([row.reduction for row in rows]),
+            **self._settings,
+        )
+        self._layers = cache.layers
+        drawn, taken = jax.device_get((drawn, taken))  # waits, and raises what failed
+        return drawn[:count, :taken].tolist()
+
+    def draw(self, rows: Sequence[Row]) -> list[tuple[int, Logprobs | None]]:
+        """Draws a token for each row under its bias and mask, with its logprobs where they are wanted."""
+        rows, count = self._padded(rows), len(rows)
+        drawn, told, cache = steps.draw(
+            self._params,
+            *self._inputs(rows),
+            self._constraints(rows),
+            self._table([row.pages for row in rows]),
+            self._reduction([row.reduction for row in rows]),
+            **self._settings,
+        )
+        self._layers = cache.layers
+        drawn, (chosen, ids, top) = jax.device_get((drawn, told))
+        logprobs = []
+        for row, *values in zip(rows[:count], chosen, ids, top, strict=False):
+            logprobs.append(None if row.num_logprobs is None else _logprobs(row.num_logprobs, *values))
+        return list(zip(drawn[:count].tolist(), logprobs, strict=True))
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies pages (source, target); no target is a source."""
+        for first in range(0, len(pairs), MAX_ROWS):
+            sources, targets = (
+                self._pages(part, MAX_ROWS) for part in zip(*pairs[first : first + MAX_ROWS], strict=True)
+            )
+            self._layers = steps.copy_pages(self._cache([0]), sources, targets).layers
+
+    def take(self, pages: Sequence[int]):
+        """Returns the rows of some pages in arrays of the host."""
+        layers = jax.device_get(steps.take_pages(self._cache([0]), self._pages(pages, self.num_pages)))
+        return jax.tree.map(lambda part: part[: len(pages)].copy(), layers)
+
+    def put(self, pages: Sequence[int], layers) -> None:
+        """Writes what `take` returned to as many pages."""
+
+        def padded(part):
+            whole = np.zeros((self.num_pages, *part.shape[1:]), part.dtype)
+            whole[: len(part)] = part
+            return whole
+
+        pages, layers = self._pages(pages, self.num_pages), jax.tree.map(padded, layers)
+        self._layers = steps.put_pages(self._cache([0]), pages, layers).layers
+
+    def save(self, path, tokens: Sequence[int], layers, expert_reduction: str) -> int:
+        """Writes rows that `take` returned and their tokens, see `cache.save`, and returns the bytes."""
+        cache = Cache(layers=layers, length=np.asarray([len(tokens)], np.int32))
+        table = np.arange(-(-len(tokens) // self.page_size), dtype=np.int32)
+        about = dict(model=self._fingerprint, run=self._run, expert_reduction=expert_reduction)
+        return cache_lib.save(path, cache, tokens, pages=table, **about)
+
+    def load(self, path, expert_reduction: str):
+        """Reads what `save` wrote: rows for `put`, and their tokens; errors as of `cache.load`."""
+        empty = jax.eval_shape(self._init)
+        layers = jax.tree.map(lambda part: np.zeros(part.shape, part.dtype), empty.layers)
+        cache = Cache(layers=layers, length=np.zeros((1,), np.int32))
+        table = np.arange(self.num_pages, dtype=np.int32)
+        about = dict(model=self._fingerprint, run=self._run, expert_reduction=expert_reduction)
+        cache, tokens = cache_lib.load(path, cache, pages=table, **about)
+        num_pages = -(-len(tokens) // self.page_size)
+        return jax.tree.map(lambda part: part[:num_pages], cache.layers), tokens
+
+    def programs(self) -> list[tuple[str, Callable[[], None]]]:
+        """Returns what there is to compile, by name: calls that run it once on no page at all."""
+        off = (reduction_lib.OFF,) * self._config.num_layers
+        row = Row(tokens=[0], pages=[], sampling=sampler.SamplingParams(seed=0), reduction=off)
+
+        def swap():
+            self.copy([(self.num_pages, self.num_pages)])
+            self.put([self.num_pages], self.take([self.num_pages]))
+
+        widths = [
+            (f"prompts of {size}", functools.partial(self.prefill, [0], size, 0, [], off))
+            for size in self.widths
+        ]
+        plain = [
+            (f"{size} at a time", functools.partial(self.decode, [row] * size, 1)) for size in self.batches
+        ]
+        bound = [
+            (f"{size} under constraints", functools.partial(self.draw, [row] * size)) for size in self.batches
+        ]
+        return [*widths, *plain, *bound, ("pages", swap)]
+
+    @functools.cached_property
+    def _fingerprint(self):
+        return cache_lib.fingerprint(self._config, self._params)
+
+    def _init(self):
+        sizes = dict(num_pages=self.num_pages, page_size=self.page_size)
+        return cache_lib.init_pool(self._config, self._run, batch=1, **sizes)
+
+    def _cache(self, lengths):
+        if self._layers is None:
+            self._layers = self._init().layers
+        return Cache(layers=self._layers, length=np.asarray(lengths, np.int32))
+
+    def _pages(self, pages, size):
+        return np.asarray([*pages, *[self.num_pages] * (size - len(pages))], np.int32)
+
+    def _table(self, rows):
+        return np.stack([self._pages(pages, self.num_pages) for pages in rows])
+
+    def _reduction(self, rows):
+        return None if self._config.moe is None else reduction_lib.arrays(*rows)
+
+    def _padded(self, rows):
+        size = next(size for size in self.batches if size >= len(rows))
+        return [*rows, *[rows[0]] * (size - len(rows))]
+
+    def _inputs(self, rows):
+        """Returns newest tokens, those before, the cache and how to draw."""
+        recent = np.full((len(rows), sampler.NUM_RECENT), -1, np.int32)
+        for row, values in zip(rows, recent, strict=True):
+            tail = row.tokens[:-1][-sampler.NUM_RECENT :]
+            values[sampler.NUM_RECENT - len(tail) :] = tail
+        newest = np.asarray([row.tokens[-1] for row in rows], np.int32)
+        cache = self._cache([len(row.tokens) - 1 for row in rows])
+        return newest, recent, cache, self._sampling(tuple(row.sampling for row in rows))
+
+    def _sampling(self, params):
+        if params not in self._samplings:
+            self._samplings = {params: sampler.batch(params)}  # most steps have the rows of the last one
+        return self._samplings[params]
+
+    def _constraints(self, rows):
+        constraints = logits_lib.no_constraints(len(rows), self._config.vocab_size)
+        for i, row in enumerate(rows):
+            if row.allowed is not None:
+                constraints.allowed[i] = row.allowed
+            for j, (token, bias) in enumerate(row.bias):
+                constraints.bias_ids[i, j], constraints.bias[i, j] = token, bias
+        return constraints
+
+
+def _batches(max_rows):
+    """Returns the batch sizes that are compiled: 1, 2, 4, ... and `max_rows`."""
+    sizes = [1]
+    while 2 * sizes[-1] < max_rows:
+        sizes.append(2 * sizes[-1])
+    return (*sizes, max_rows) if max_rows > 1 else (1,)
+
+
+def _logprobs(count, chosen, ids, top):
+    pairs = zip(ids[:count].tolist(), top[:count].tolist(), strict=True)
+    return Logprobs(chosen=float(chosen), top=tuple(pairs))
+
+
+class _Compilations:
+    """Counts what JAX compiles."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event, duration, **_):
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+_compilations = _Compilations()

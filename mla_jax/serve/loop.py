@@ -1,0 +1,213 @@
+"""The one loop: plans a step, has the device do it, and tells what was drawn.
+
+A request that fails ends alone. Only a failure that took the rows of the pool along ends all that run.
+"""
+
+import collections
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import logging
+
+from mla_jax import steps
+from mla_jax.completion import Logprobs, Piece
+from mla_jax.expert_reduction import Setting
+from mla_jax.serve.device import Device, Row
+from mla_jax.serve.request import Failure
+from mla_jax.serve.scheduler import Plan, Scheduler
+from mla_jax.serve.ticket import Ticket
+
+_SMOOTH_SECONDS = 0.05  # that a stream may stand still for: 20 times a second looks like flowing
+
+
+class Loop:
+    """What happens between two steps, and in them. Everything here is for one thread.
+
+    Attributes:
+      scheduler: who runs on which pages.
+      expert_reduction: (Kmin, t) of each layer for requests that do not say.
+      counts: of requests, tokens and steps, by their names in `EngineStats`.
+      finished: requests by reason.
+      stepped: when the last step ended, by `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        new_scheduler: Callable[[], Scheduler],
+        eog_ids: frozenset[int],
+        expert_reduction: tuple[Setting, ...],
+    ):
+        self.scheduler, self.expert_reduction = new_scheduler(), expert_reduction
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.finished: collections.Counter[str] = collections.Counter()
+        self.stepped = time.monotonic()
+        self._device, self._new_scheduler, self._eog_ids = device, new_scheduler, eog_ids
+        self._seconds_per_step = 0.0
+        self._at_work: Sequence[Ticket] | None = None  # whose call may have failed; None: all may suffer
+
+    def step(self) -> bool:
+        """Takes one step; returns False if there was nothing to do."""
+        self._at_work = None
+        try:
+            plan = self.scheduler.plan(self._steps_wanted)
+            if plan is None:
+                return False
+            self._execute(plan)
+        except Exception as error:
+            logging.exception("a step failed")
+            self._recover(error)
+        except BaseException as error:  # an interrupt
+            self._recover(error)
+            raise
+        self.counts["steps"] += 1
+        self.stepped = time.monotonic()
+        return True
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a ticket that has not ended."""
+        if not ticket.has_ended:
+            self._end(ticket, Piece(token=-1, text=ticket.text.flush(), finish_reason="cancel"))
+
+    def fail_all(self, error: BaseException) -> int:
+        """Ends all that run and wait with a failure, and returns how many those were."""
+        tickets = [*self.scheduler.running, *self.scheduler.waiting]
+        for ticket in tickets:
+            self._fail(ticket, error)
+        return len(tickets)
+
+    def _steps_wanted(self):
+        """Returns how many tokens to draw between two looks of the host; a first one comes alone."""
+        if any(ticket.num_drawn == 0 for ticket in self.scheduler.running):
+            return 1
+        return steps.within(_SMOOTH_SECONDS, self._seconds_per_step)
+
+    def _execute(self, plan: Plan):
+        for ticket in self.scheduler.running:
+            self._begin(ticket)
+        for ticket, pages in plan.leaving:
+            ticket.swapped = self._device.take(pages)
+        self._device.copy(plan.copies)
+        for ticket, pages in plan.coming:
+            num_pages = self.scheduler.table.pages_for(ticket.num_rows)
+            self._device.put(pages[:num_pages], ticket.swapped)
+            ticket.swapped = None
+        for piece in plan.prefill:
+            self._at_work = [piece.job]
+            pages = self.scheduler.table.pages(piece.job.pages)
+            reduction = self._reduction(piece.job)
+            self._device.prefill(piece.tokens, piece.width, piece.start, pages, reduction)
+            self.scheduler.wrote(piece)
+        for group in self._groups(ticket for ticket in plan.decode if not ticket.is_constrained):
+            self._decode(group, plan.num_steps)
+        for group in self._groups(ticket for ticket in plan.decode if ticket.is_constrained):
+            self._draw(group)
+
+    def _groups(self, tickets):
+        tickets, size = list(tickets), self._device.batches[-1]
+        return [tickets[first : first + size] for first in range(0, len(tickets), size)]
+
+    def _begin(self, ticket):
+        if ticket.began is None:
+            ticket.began = time.perf_counter()
+            ticket.timings.prompt_tokens = ticket.num_prompt
+            self._leave_queue(ticket)
+
+    def _leave_queue(self, ticket):
+        self.counts["left_queue"] += 1
+        self.counts["left_queue_tokens"] += ticket.num_prompt
+
+    def _decode(self, tickets, num_steps):
+        self._at_work, began = tickets, time.perf_counter()
+        drawn = self._device.decode([self._row(ticket) for ticket in tickets], num_steps)
+        self._seconds_per_step = (time.perf_counter() - began) / len(drawn[0])
+        for ticket, tokens in zip(tickets, drawn, strict=True):
+            self._tell(ticket, [(token, None) for token in tokens], began)
+
+    def _draw(self, tickets):
+        rows, drawing = [], []
+        for ticket in tickets:
+            with self._blaming(ticket):
+                rows.append(self._constrained_row(ticket))
+                drawing.append(ticket)
+        if not rows:
+            return
+        self._at_work, began = drawing, time.perf_counter()
+        drawn = self._device.draw(rows)
+        self._seconds_per_step = time.perf_counter() - began
+        for ticket, pair in zip(drawing, drawn, strict=True):
+            self._tell(ticket, [pair], began)
+
+    def _reduction(self, ticket):
+        return ticket.request.expert_reduction or self.expert_reduction
+
+    def _row(self, ticket, **more):
+        pages = self.scheduler.table.pages(ticket.pages)
+        sampling, reduction = ticket.request.sampling, self._reduction(ticket)
+        return Row(tokens=ticket.tokens, pages=pages, sampling=sampling, reduction=reduction, **more)
+
+    def _constrained_row(self, ticket):
+        request = ticket.request
+        allowed = ticket.matcher.mask() if ticket.matcher else None
+        return self._row(ticket, bias=request.logit_bias, allowed=allowed, num_logprobs=request.num_logprobs)
+
+    def _tell(self, ticket, drawn: Sequence[tuple[int, Logprobs | None]], began):
+        """Hands drawn tokens on, up to the one that ends the text."""
+        with self._blaming(ticket):
+            for count, (token, logprobs) in enumerate(drawn, start=1):
+                if token == steps.NOT_FINITE:
+                    raise ArithmeticError("the model must give finite logits, got infinite ones or NaN")
+                now = began + count * self._seconds_per_step
+                piece = ticket.take(token, logprobs, self._eog_ids, now)
+                self.counts["drawn_tokens"] += 1
+                if piece.finish_reason:
+                    break
+                ticket.listener(piece)
+            self.scheduler.drew(ticket)
+            if piece.finish_reason:
+                self._end(ticket, piece)
+
+    def _end(self, ticket, last):
+        """Takes a ticket out, and then tells its last: whoever hears it finds the slot free."""
+        self._out(ticket, self.scheduler.finish)
+        self.finished[last.finish_reason] += 1
+        with contextlib.suppress(Exception):  # it has ended, whatever its listener makes of it
+            ticket.listener(last)
+
+    def _fail(self, ticket, error):
+        self._out(ticket, self.scheduler.discard)
+        self.counts["failed"] += 1
+        with contextlib.suppress(Exception):
+            ticket.listener(Failure(message=f"the request failed: {error}.", error=error))
+
+    def _out(self, ticket, how):
+        how(ticket)
+        ticket.has_ended = True
+        if ticket.began is None:
+            self._leave_queue(ticket)
+        self.counts["prompt_tokens"] += ticket.timings.prompt_tokens
+        self.counts["cached_tokens"] += ticket.timings.cached_tokens
+
+    @contextlib.contextmanager
+    def _blaming(self, ticket) -> Iterator[None]:
+        """Ends a ticket whose own text, grammar or listener fails."""
+        try:
+            yield
+        except Exception as error:
+            logging.exception("request %d failed", ticket.id)
+            if not ticket.has_ended:
+                self._fail(ticket, error)
+
+    def _recover(self, error):
+        """Ends those who were at work, and all if rows were lost with them."""
+        if self._at_work is not None and self._device.is_sound:
+            for ticket in self._at_work:
+                if not ticket.has_ended:
+                    self._fail(ticket, error)
+            self.scheduler.settle()
+            return
+        self.fail_all(error)
+        self.counts["preemptions"] += self.scheduler.num_preemptions
+        self.scheduler = self._new_scheduler()
+        self._device.reset()
