@@ -66,7 +66,7 @@ class Model:
           config: the model.
           vocabulary: its tokens.
           run: how it is run.
-          ctx_size: tokens that the cache holds.
+          ctx_size: as for `load`.
           ubatch: prompt tokens computed at a time.
           parallel: requests that run at a time.
           cache_ram: MiB of rows kept for prompts that begin alike; None for as many as the cache holds.
@@ -82,14 +82,9 @@ class Model:
             raise ValueError(f"ubatch must be at least 1, got {ubatch}.")
         if not 1 <= parallel <= MAX_PARALLEL:
             raise ValueError(f"parallel must be in [1, {MAX_PARALLEL}], got {parallel}.")
-        if len(vocabulary.tokens) != config.vocab_size:
-            raise ValueError(
-                f"the vocabulary must have the {config.vocab_size} tokens of the embedding, "
-                f"got {len(vocabulary.tokens)}."
-            )
         self.params, self.config, self.run = lay_out(params, run), config, run
         self.ctx_size, self.timings = ctx_size, Timings()
-        self.tokenizer = tokenizer.Tokenizer(vocabulary)
+        self.tokenizer = _tokenizer(vocabulary, config)
         self._ubatch, eog_ids = min(ubatch, ctx_size), self.tokenizer.eog_ids
         sizes = dict(ctx_size=ctx_size, ubatch=self._ubatch, max_rows=parallel)
         device = Device(self.params, config, run, eog_ids=eog_ids, **sizes)
@@ -263,6 +258,15 @@ class Model:
             yield piece
 
 
+def _tokenizer(vocabulary, config):
+    if len(vocabulary.tokens) != config.vocab_size:
+        raise ValueError(
+            f"the vocabulary must have the {config.vocab_size} tokens of the embedding, "
+            f"got {len(vocabulary.tokens)}."
+        )
+    return tokenizer.Tokenizer(vocabulary)
+
+
 def _prepare(compilation_cache):
     """Keeps compiled code, but not where the folder cannot be made, as in a home that is not writable."""
     if jax.default_backend() == "cpu" and not cpu_kernels.available():
@@ -285,7 +289,6 @@ def load(
     hadamard_size: int | None = None,
     attention_max_batch: int = 256,
     ctx_size: int | None = None,
-    ubatch: int = DEFAULT_UBATCH,
     group_routing: bool = True,
     gpu_kernels: bool | None = None,
     expert_reduction: reduction_lib.Setting | None = None,
@@ -300,18 +303,17 @@ def load(
       mla: 0 to 3, see `MLAMode`.
       flash: attend chunk by chunk, never holding the whole score matrix.
       cache_type: one of `config.CACHE_TYPES`; "q8_0" takes about half of "f16".
-      cache_type_rope: type of the rotary part, None for the same.
+      cache_type_rope: of the rotary part, None for the same.
       hadamard_size: 64, 128, 256 or 512 latents are rotated together before they are quantised; None for
         none, and without effect on a cache that is not quantised.
       attention_max_batch: MiB for some heads of attention at a time in modes 1 to 3; 0 for no limit.
       ctx_size: tokens that the cache holds; 0 is the model's own limit, None that or 8,192, the smaller.
-      ubatch: prompt tokens computed at a time.
       group_routing: False ignores expert groups, as ik_llama.cpp does.
       gpu_kernels: False leaves a GPU to XLA; None takes the kernels where JAX's device is one.
-      expert_reduction: (Kmin, t) of Smart Expert Reduction, see `nn.moe.ExpertReduction`; None for off.
-      compilation_cache: folder of compiled code, for all models of this process; None leaves it as it is.
+      expert_reduction: (Kmin, t) of Smart Expert Reduction, see `ExpertReduction`; None for off.
+      compilation_cache: folder of compiled code of this process; None leaves it as it is.
       progress: called with (tensors done, tensors, bytes done, bytes) while loading; None prints a line.
-      **model: `parallel` and further arguments of `Model`.
+      **model: `ubatch`, `parallel` and further arguments of `Model`.
 
     Returns:
       The model.
@@ -332,9 +334,9 @@ def load(
     _prepare(compilation_cache)
     checkpoint = checkpoints_tools.load_gguf(path, progress=progress)
     limit = checkpoint.config.context_length
-    size = min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)
+    ctx_size = min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)
     vocabulary = hparams.vocabulary(checkpoint.metadata, checkpoint.config, checkpoint.path)
-    sizes = dict(ctx_size=size, ubatch=ubatch)
-    loaded = Model(checkpoint.params, checkpoint.config, vocabulary, run=run, **sizes, **model)
+    model |= dict(run=run, ctx_size=ctx_size)
+    loaded = Model(checkpoint.params, checkpoint.config, vocabulary, **model)
     loaded.expert_reduction = reduction_lib.per_layer(loaded.config, expert_reduction)
     return loaded

@@ -137,9 +137,8 @@ def decode(
       run: how it is run.
 
     Returns:
-      tokens drawn i32[B, MAX_STEPS], -1 after the last step, `NOT_FINITE` for a row whose logits were not;
-      how many steps were taken, i32; and `recent` and the cache with all tokens in them but those that the
-      last step drew.
+      tokens drawn i32[B, MAX_STEPS], -1 after the last step, `NOT_FINITE` of a row whose logits were not; the
+      steps taken, i32; `recent` and the cache with all tokens but those that the last step drew.
     """
     transformer = Transformer(config, run)
 
