@@ -336,7 +336,6 @@ def load(
     limit = checkpoint.config.context_length
     ctx_size = min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)
     vocabulary = hparams.vocabulary(checkpoint.metadata, checkpoint.config, checkpoint.path)
-    model |= dict(run=run, ctx_size=ctx_size)
-    loaded = Model(checkpoint.params, checkpoint.config, vocabulary, **model)
+    loaded = Model(checkpoint.params, checkpoint.config, vocabulary, run=run, ctx_size=ctx_size, **model)
     loaded.expert_reduction = reduction_lib.per_layer(loaded.config, expert_reduction)
     return loaded

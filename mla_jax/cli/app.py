@@ -13,7 +13,7 @@ import jax
 from absl import flags as absl_flags
 
 from mla_jax.cli import argv as argv_lib
-from mla_jax.cli import autotune, commands, file_commands
+from mla_jax.cli import autotune, commands, file_commands, serve_flags
 from mla_jax.cli import flags as flags_lib
 
 
@@ -25,9 +25,18 @@ class _Command(NamedTuple):
     positionals: tuple[str, ...] = ()  # flags that may be given without their names
 
 
+def _serve(values):
+    from mla_jax.cli import serve  # the web server takes a while to import: not for other commands
+
+    return serve.serve(values)
+
+
+_SERVERS = ("serve", "llama-server")
 _COMMANDS = {
     "generate": _Command(commands.generate, "continue a prompt"),
     "chat": _Command(commands.chat, "talk to a model, turn by turn"),
+    "serve": _Command(_serve, "serve a model over HTTP, as OpenAI and llama-server do"),
+    "llama-server": _Command(_serve, "the same as serve"),
     "inspect": _Command(file_commands.inspect, "print what a GGUF file holds", ("model",)),
     "plan": _Command(
         file_commands.plan, "print the memory of a model and its cache in every type", ("model",)
@@ -131,12 +140,13 @@ def _run(args):
         nearest = difflib.get_close_matches(name, _COMMANDS, n=1)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
         raise argv_lib.UsageError(f"the command must be one of {', '.join(_COMMANDS)}, got {name!r}.{hint}")
-    command, values = _COMMANDS[name], flags_lib.command_flags(name)
+    command, values = _COMMANDS[name], _flags(name)
+    about = serve_flags if name in _SERVERS else flags_lib
     argv_lib.parse(
         args[1:],
         values,
-        aliases=flags_lib.ALIASES,
-        refused=flags_lib.REFUSED,
+        aliases=about.ALIASES,
+        refused=about.REFUSED,
         positionals=command.positionals,
     )
     if values.help:
@@ -148,15 +158,20 @@ def _run(args):
     return command.run(values) or 0
 
 
+def _flags(name):
+    return serve_flags.command_flags() if name in _SERVERS else flags_lib.command_flags(name)
+
+
 def _overview():
     lines = ["usage: mla-jax COMMAND [FLAGS]", ""]
-    lines += [f"  {name:<10} {command.text}" for name, command in _COMMANDS.items()]
+    lines += [f"  {name:<12} {command.text}" for name, command in _COMMANDS.items()]
     lines += ["", "`mla-jax COMMAND --help` lists the flags of a command.", ""]
     return "\n".join([*lines, "example: mla-jax generate -p 'def read_lines(path):' -n 64"])
 
 
 def _help(name, values: absl_flags.FlagValues):
-    short = {flag: alias for alias, flag in flags_lib.ALIASES.items() if len(alias) < 4}
+    aliases = serve_flags.ALIASES if name in _SERVERS else flags_lib.ALIASES
+    short = {flag: alias for alias, flag in aliases.items() if len(alias) < 4}
     rows = [_help_row(values[flag], short.get(flag)) for flag in values]
     width = max(len(spelling) for spelling, _ in rows)
     lines = [f"usage: {_usage(name, values)}: {_COMMANDS[name].text}", ""]

@@ -3,24 +3,17 @@
 import dataclasses
 import importlib.util
 import itertools
-import logging
 import os
 import pathlib
 import sys
-import time
 
 import jax
-from absl import logging as absl_logging
 
 import checkpoints_tools
-from mla_jax import corpus, presets, sampler, steps
-from mla_jax import expert_reduction as reduction_lib
-from mla_jax import generate as generate_lib
+from mla_jax import corpus, presets
 from mla_jax import ser_sweep as sweep_lib
-from mla_jax.cache import bytes_per_token
-from mla_jax.cli import expert_stats, paths
+from mla_jax.cli import expert_stats, loading, paths
 from mla_jax.cli.argv import UsageError
-from mla_jax.config import MLAMode
 
 
 def generate(values):
@@ -28,7 +21,7 @@ def generate(values):
     if not values.prompt:
         raise UsageError("--prompt must be given and not be empty: it is the text to continue.")
     drawing, prompt_cache = _drawing(values), _prompt_cache(values)
-    model = _load(values)
+    model = loading.load(values)
     if values.expert_stats and model.config.moe is None:
         raise UsageError("--expert-stats must be given for a model with experts, and this one has none.")
     ids = model.tokenizer.encode(values.prompt)
@@ -43,15 +36,17 @@ def generate(values):
     _report(model, drawn)
     if values.expert_stats:
         routed, _ = model.routing(ids + [piece.token for piece in drawn[:-1]])
-        _tell(expert_stats.describe(routed, model.config))
+        loading.tell(expert_stats.describe(routed, model.config))
 
 
 def chat(values):
     """Reads turns from stdin until it ends; the cache keeps what earlier turns computed."""
     drawing = _drawing(values)
-    model = _load(values)
+    model = loading.load(values)
     if model.tokenizer.vocabulary.chat_template is None:
-        _tell("the file has no chat template, so turns are written in plain words or as its family does")
+        loading.tell(
+            "the file has no chat template, so turns are written in plain words or as its family does"
+        )
     messages = []
     if values.system_prompt:
         messages.append({"role": "system", "content": values.system_prompt})
@@ -80,11 +75,11 @@ def ser_sweep(values):
     if values.out is not None and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--out needs matplotlib for its plot; install it, or the extra `notebooks`.")
     documents = [_read(values.text)] if values.text else corpus.standard_library().held_out
-    model = _load(values)
+    model = loading.load(values)
     tokens = list(itertools.chain.from_iterable(map(model.tokenizer.encode, documents)))[: values.tokens + 1]
     used = model.config.moe.num_experts_per_token if model.config.moe else 1
     rows = sweep_lib.sweep(
-        model, tokens, sweep_lib.grid(used), window=values.window, decoded=values.predict, report=_tell
+        model, tokens, sweep_lib.grid(used), window=values.window, decoded=values.predict, report=loading.tell
     )
     _write(sweep_lib.table(rows) + "\n")
     if values.out is not None:
@@ -120,8 +115,8 @@ def train(values):
     documents = corpus.standard_library()
     vocabulary = corpus.train_vocabulary(documents.train, presets.PACKAGED.vocab_size)
     stream = corpus.encode_documents(vocabulary, documents.train)
-    _tell(f"{stream.size} tokens of {len(documents.train)} files to train on")
-    params = train_lib.fit(stream, presets.PACKAGED, plan, pathlib.Path(values.folder), report=_tell)
+    loading.tell(f"{stream.size} tokens of {len(documents.train)} files to train on")
+    params = train_lib.fit(stream, presets.PACKAGED, plan, pathlib.Path(values.folder), report=loading.tell)
     checkpoints_tools.export_gguf(
         out,
         params,
@@ -129,51 +124,14 @@ def train(values):
         tokenizer_metadata=corpus.vocabulary_metadata(vocabulary) | {"general.name": out.stem},
         weight_type="q8_0",
     )
-    _tell(f"wrote {out}")
+    loading.tell(f"wrote {out}")
     stream = corpus.encode_documents(vocabulary, documents.held_out)
     num_bytes = sum(len(text.encode()) for text in documents.held_out)
     params = checkpoints_tools.load_gguf(out).params
     bits = train_lib.bits_per_byte(params, stream, num_bytes, presets.PACKAGED)
-    _tell(f"{bits:.3f} bits per byte on {len(documents.held_out)} held-out sources of {num_bytes} bytes")
-
-
-def _load(values):
-    _show_log()
-    _choose_device(values)
-    setting, layers = _expert_reduction(values)
-    started = time.perf_counter()
-    cache, told = _compilation_cache()
-    model = generate_lib.load(
-        values.model,
-        mla=int(values.mla),
-        flash=values.flash_attn != "off",
-        cache_type=values.cache_type_k,
-        cache_type_rope=values.cache_type_rope,
-        hadamard_size=_hadamard_size(values),
-        attention_max_batch=values.attention_max_batch,
-        ctx_size=values.ctx_size,
-        ubatch=min(values.batch_size, values.ubatch_size),
-        group_routing=values.grouped_expert_routing,
-        gpu_kernels=None if values.gpu_kernels else False,
-        compilation_cache=cache,
+    loading.tell(
+        f"{bits:.3f} bits per byte on {len(documents.held_out)} held-out sources of {num_bytes} bytes"
     )
-    model.expert_reduction = reduction_lib.per_layer(model.config, setting, layers)
-    seconds = time.perf_counter() - started
-    _tell(f"loaded {values.model} in {seconds:.1f} s; context {model.ctx_size} tokens; {told}")
-    per_token = bytes_per_token(model.config, model.run)
-    _tell(f"cache: {per_token:,} bytes a token, {per_token * model.ctx_size / 2**20:.1f} MiB in all")
-    if (setting or layers) and reduction_lib.describe(model.expert_reduction) == "off":
-        used = model.config.moe.num_experts_per_token if model.config.moe else 0
-        _tell(f"Smart Expert Reduction has no effect: the model takes {used} experts a token")
-    if values["attention_max_batch"].present and model.run.mla == MLAMode.EXPANDED:
-        _tell("--attention-max-batch has no effect with -mla 0")
-    if values.k_cache_hadamard and not (model.run.latent_rotation or model.run.rope_rotation):
-        _tell(f"--k-cache-hadamard is off: a cache of type {values.cache_type_k} is not quantised")
-    if model.ctx_size > model.config.context_length:
-        _tell(
-            f"the context is longer than the {model.config.context_length} tokens that the model was made for"
-        )
-    return model
 
 
 def _prompt_cache(values):
@@ -200,72 +158,11 @@ def _keeping(pieces, model, path, num_tokens):
         model.save_cache(path)
 
 
-def _expert_reduction(values):
-    """Returns the (Kmin, t) of all layers, or None, and those of single layers."""
-    text, path = values.smart_expert_reduction, values.ser_layers
-    setting = None if text is None else reduction_lib.parse(text)
-    return setting, {} if path is None else reduction_lib.read_layers(path)
-
-
-def _hadamard_size(values):
-    if values.hadamard_size is not None and not values.k_cache_hadamard:
-        raise UsageError("--hadamard-size must come with --k-cache-hadamard, which turns the rotation on.")
-    return int(values.hadamard_size or 64) if values.k_cache_hadamard else None
-
-
-def _show_log():
-    """Shows what loading has to say on stderr, as plain sentences."""
-    logging.basicConfig(format="%(message)s")
-    absl_logging.get_absl_logger().setLevel(logging.INFO)
-
-
-def _compilation_cache():
-    """Returns the folder for compiled code, None where there can be none, and a clause that says so."""
-    folder = steps.COMPILATION_CACHE
-    try:
-        steps.use_compilation_cache(folder)
-    except OSError as error:
-        return None, f"compiled code is not kept: {folder}: {error.strerror}"
-    return folder, f"compiled code is kept in {folder}"
-
-
-def _choose_device(values):
-    if values.threads is not None:
-        if not hasattr(os, "sched_setaffinity"):
-            raise UsageError(
-                "--threads cannot be used on this system: it has no way to restrict a process to cores."
-            )
-        allowed = sorted(os.sched_getaffinity(0))
-        if values.threads > len(allowed):
-            raise UsageError(
-                f"--threads must be at most the {len(allowed)} cores of this machine, got {values.threads}."
-            )
-        os.sched_setaffinity(0, allowed[: values.threads])
-    if values.n_gpu_layers == 0:
-        jax.config.update("jax_platforms", "cpu")
-    elif jax.default_backend() != "gpu":
-        _tell(f"-ngl {values.n_gpu_layers}: there is no GPU that JAX can use, so everything runs on the CPU")
-    if not values.gpu_kernels and jax.default_backend() != "gpu":
-        _tell("--nogpu_kernels has no effect: the model runs on the CPU")
-
-
 def _drawing(values):
     """Returns how to draw as keywords of `stream_generate`, checked before a model is loaded for it."""
     if values.predict == 0:
         raise UsageError("--predict must be positive, or -1 for no limit, got 0.")
-    params = sampler.SamplingParams(
-        temperature=values.temp,
-        top_k=values.top_k,
-        top_p=values.top_p,
-        min_p=values.min_p,
-        typical_p=values.typical,
-        repeat_penalty=values.repeat_penalty,
-        penalty_last_n=values.repeat_last_n,
-        presence_penalty=values.presence_penalty,
-        frequency_penalty=values.frequency_penalty,
-        seed=None if values.seed < 0 else values.seed,
-    )
-    return dict(dataclasses.asdict(params), max_tokens=values.predict)
+    return dict(dataclasses.asdict(loading.sampling_params(values)), max_tokens=values.predict)
 
 
 def _print_stream(pieces):
@@ -281,7 +178,7 @@ def _report(model, drawn):
     timings = model.timings
     speed = timings.decoded_tokens / timings.decode_seconds if timings.decoded_tokens else 0.0
     cached = f" ({timings.cached_tokens} of them cached)" if timings.cached_tokens else ""
-    _tell(
+    loading.tell(
         f"{timings.prompt_tokens} prompt tokens{cached}, first token after {timings.prompt_seconds:.2f} s, "
         f"then {timings.decoded_tokens} at {speed:.1f} tokens/s; finished: {drawn[-1].finish_reason}"
     )
@@ -290,7 +187,3 @@ def _report(model, drawn):
 def _write(text):
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _tell(text):
-    print(text, file=sys.stderr, flush=True)

@@ -87,7 +87,8 @@ _INT32_UPPER = 2**31 - 1
 _SEED_UPPER = 2**32 - 1
 
 
-def _model(values):
+def define_model(values: flags.FlagValues) -> None:
+    """Defines which model is read."""
     default = str(generate_lib.PACKAGED_MODEL)
     flags.DEFINE_string("model", default, "GGUF file; without it, the packaged model.", flag_values=values)
 
@@ -107,7 +108,8 @@ def _size(values):
     )
 
 
-def _run(values):
+def define_run(values: flags.FlagValues) -> None:
+    """Defines how a model is run."""
     own = dict(flag_values=values)
     _size(values)
     flags.DEFINE_enum(
@@ -179,7 +181,8 @@ def _cache(own):
     flags.DEFINE_enum("hadamard_size", None, sizes, "latents that are rotated together; 64.", **own)
 
 
-def _sampling(values):
+def define_sampling(values: flags.FlagValues) -> None:
+    """Defines how tokens are drawn."""
     own = dict(flag_values=values)
     flags.DEFINE_integer(
         "predict", -1, "tokens to draw; -1: until the context is full.", lower_bound=-1, **own
@@ -313,7 +316,7 @@ def command_flags(command: str) -> flags.FlagValues:
     elif command == "train":
         _train(values)
     else:
-        _model(values)
+        define_model(values)
     if command == "generate":
         flags.DEFINE_string("prompt", None, "text to continue.", flag_values=values)
     if command == "chat":
@@ -321,9 +324,9 @@ def command_flags(command: str) -> flags.FlagValues:
     if command == "ser-sweep":
         _sweep(dict(flag_values=values))
     if command in ("generate", "chat"):
-        _sampling(values)
+        define_sampling(values)
     if command in ("generate", "chat", "ser-sweep"):
-        _run(values)
+        define_run(values)
     if command == "plan":
         _size(values)
         _rope(dict(flag_values=values))
