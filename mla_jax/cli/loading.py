@@ -1,0 +1,138 @@
+"""From the flags that commands share to a loaded model."""
+
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+import jax
+from absl import flags as absl_flags
+from absl import logging as absl_logging
+
+from mla_jax import expert_reduction as reduction_lib
+from mla_jax import generate as generate_lib
+from mla_jax import sampler, steps
+from mla_jax.cache import bytes_per_token
+from mla_jax.cli.argv import UsageError
+from mla_jax.config import MLAMode
+
+
+def load(values: absl_flags.FlagValues, **more: Any) -> generate_lib.Model:
+    """Loads the model of a command line, and tells what that came to.
+
+    Args:
+      values: flags of `flags.define_model` and `flags.define_run`.
+      **more: further arguments of `generate.load`.
+    """
+    _show_log()
+    _choose_device(values)
+    setting, layers = _expert_reduction(values)
+    started = time.perf_counter()
+    cache, told = _compilation_cache()
+    model = generate_lib.load(
+        values.model,
+        mla=int(values.mla),
+        flash=values.flash_attn != "off",
+        cache_type=values.cache_type_k,
+        cache_type_rope=values.cache_type_rope,
+        hadamard_size=_hadamard_size(values),
+        attention_max_batch=values.attention_max_batch,
+        ctx_size=values.ctx_size,
+        ubatch=min(values.batch_size, values.ubatch_size),
+        group_routing=values.grouped_expert_routing,
+        gpu_kernels=None if values.gpu_kernels else False,
+        compilation_cache=cache,
+        **more,
+    )
+    model.expert_reduction = reduction_lib.per_layer(model.config, setting, layers)
+    seconds = time.perf_counter() - started
+    tell(f"loaded {values.model} in {seconds:.1f} s; context {model.ctx_size} tokens; {told}")
+    per_token = bytes_per_token(model.config, model.run)
+    tell(f"cache: {per_token:,} bytes a token, {per_token * model.ctx_size / 2**20:.1f} MiB in all")
+    if (setting or layers) and reduction_lib.describe(model.expert_reduction) == "off":
+        used = model.config.moe.num_experts_per_token if model.config.moe else 0
+        tell(f"Smart Expert Reduction has no effect: the model takes {used} experts a token")
+    if values["attention_max_batch"].present and model.run.mla == MLAMode.EXPANDED:
+        tell("--attention-max-batch has no effect with -mla 0")
+    if values.k_cache_hadamard and not (model.run.latent_rotation or model.run.rope_rotation):
+        tell(f"--k-cache-hadamard is off: a cache of type {values.cache_type_k} is not quantised")
+    if model.ctx_size > model.config.context_length:
+        tell(
+            f"the context is longer than the {model.config.context_length} tokens that the model was made for"
+        )
+    return model
+
+
+def _expert_reduction(values):
+    """Returns the (Kmin, t) of all layers, or None, and those of single layers."""
+    text, path = values.smart_expert_reduction, values.ser_layers
+    setting = None if text is None else reduction_lib.parse(text)
+    return setting, {} if path is None else reduction_lib.read_layers(path)
+
+
+def _hadamard_size(values):
+    if values.hadamard_size is not None and not values.k_cache_hadamard:
+        raise UsageError("--hadamard-size must come with --k-cache-hadamard, which turns the rotation on.")
+    return int(values.hadamard_size or 64) if values.k_cache_hadamard else None
+
+
+def _show_log():
+    """Shows what loading has to say on stderr, as plain sentences."""
+    logging.basicConfig(format="%(message)s")
+    absl_logging.get_absl_logger().setLevel(logging.INFO)
+
+
+def _compilation_cache():
+    """Returns the folder for compiled code, None where there can be none, and a clause that says so."""
+    folder = steps.COMPILATION_CACHE
+    try:
+        steps.use_compilation_cache(folder)
+    except OSError as error:
+        return None, f"compiled code is not kept: {folder}: {error.strerror}"
+    return folder, f"compiled code is kept in {folder}"
+
+
+def _choose_device(values):
+    if values.threads is not None:
+        if not hasattr(os, "sched_setaffinity"):
+            raise UsageError(
+                "--threads cannot be used on this system: it has no way to restrict a process to cores."
+            )
+        allowed = sorted(os.sched_getaffinity(0))
+        if values.threads > len(allowed):
+            raise UsageError(
+                f"--threads must be at most the {len(allowed)} cores of this machine, got {values.threads}."
+            )
+        os.sched_setaffinity(0, allowed[: values.threads])
+    if values.n_gpu_layers == 0:
+        jax.config.update("jax_platforms", "cpu")
+    elif jax.default_backend() != "gpu":
+        tell(f"-ngl {values.n_gpu_layers}: there is no GPU that JAX can use, so everything runs on the CPU")
+    if not values.gpu_kernels and jax.default_backend() != "gpu":
+        tell("--nogpu_kernels has no effect: the model runs on the CPU")
+
+
+def sampling_params(values: absl_flags.FlagValues) -> sampler.SamplingParams:
+    """Returns how to draw by the flags of `flags.define_sampling`; its seed is None if there is none.
+
+    Raises:
+      ValueError: for a number out of range.
+    """
+    return sampler.SamplingParams(
+        temperature=values.temp,
+        top_k=values.top_k,
+        top_p=values.top_p,
+        min_p=values.min_p,
+        typical_p=values.typical,
+        repeat_penalty=values.repeat_penalty,
+        penalty_last_n=values.repeat_last_n,
+        presence_penalty=values.presence_penalty,
+        frequency_penalty=values.frequency_penalty,
+        seed=None if values.seed < 0 else values.seed,
+    )
+
+
+def tell(text: str) -> None:
+    """Writes a line to stderr, where what is no result goes."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,145 @@
+"""Who may ask: one middleware around every route, which lets nothing pass that it does not know.
+
+A request goes through three gates, in this order. Its `Host` must be one of ours where only this machine is
+meant: a name that an attacker owns can be made to point here. Its `Origin`, which only browsers send, must be
+ours or allowed: a page elsewhere could otherwise have its reader's browser act here. And its key must be one
+of the server's, but for `/health` and `/ready`. A browser is asked for the key of the chat page, as password.
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mla_jax.serve.api_error import ApiError
+
+OPEN_PATHS = ("/health", "/ready")
+_BROWSER_PATHS = ("/", "/index.html")  # what a person opens; programs are asked for a bearer token
+_HEADERS = {
+    "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; object-src 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+_ALLOWED_HEADERS = "authorization, content-type, x-api-key"
+_PREFLIGHT_SECONDS = "600"
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+
+
+class Access:
+    """Guards an application. It puts the key that a request came with into `scope["state"]["key"]`."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Iterable[str] = (),
+        hosts: Iterable[str] = (),
+        origins: Iterable[str] = (),
+    ):
+        """Makes the gates.
+
+        Args:
+          app: what is guarded.
+          keys: that open it; none leaves it open.
+          hosts: names without ports that it may be addressed by; none for any.
+          origins: of other sites' pages that may use it, such as "https://example.org".
+        """
+        self._app, self._keys = app, tuple(key.encode() for key in keys)
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, or answers it with 401, 403 or, to a browser's question, 204."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        send = self._marked(send, origin)
+        answer = self._stopped(scope, headers, origin)
+        if answer is not None:
+            await answer(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _stopped(self, scope, headers, origin):
+        """Returns the answer to a request that may not pass, None if it may."""
+        host = headers.get("host", "")
+        if self._hosts and _without_port(host) not in self._hosts:
+            return _refusal(f"the Host header must name this server, got {host[:80]!r}.")
+        if origin is not None and origin not in self._origins and not _is_own(origin, host):
+            return _refusal(
+                f"pages of {origin[:80]!r} may not use this server; --cors-origins names those that may."
+            )
+        if origin in self._origins and scope["method"] == "OPTIONS":
+            return Response(status_code=204)
+        key = self._key(headers)
+        if self._keys and key is None and scope["path"] not in OPEN_PATHS:
+            scheme = 'Basic realm="mla-jax", charset="UTF-8"' if scope["path"] in _BROWSER_PATHS else "Bearer"
+            error = ApiError("the API key is missing or wrong.", status=401, code="invalid_api_key")
+            return error.response(www_authenticate=scheme, connection="close")
+        scope.setdefault("state", {})["key"] = key
+        return None
+
+    def _key(self, headers):
+        """Returns the key of the server that a request came with, None if it came with none."""
+        matches = [key for key in self._keys for given in _given_keys(headers) if _equal(given, key)]
+        return matches[0] if matches else None
+
+    def _marked(self, send, origin):
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+                headers.setdefault("cache-control", "no-store")
+                if origin in self._origins:
+                    headers["access-control-allow-origin"] = origin
+                    headers["access-control-allow-headers"] = _ALLOWED_HEADERS
+                    headers["access-control-allow-methods"] = "GET, POST"
+                    headers["access-control-max-age"] = _PREFLIGHT_SECONDS
+                    headers["cross-origin-resource-policy"] = "cross-origin"
+                if self._origins:
+                    headers.add_vary_header("origin")
+            await send(message)
+
+        return marked
+
+
+def _refusal(message):
+    return ApiError(message, status=403, code="forbidden").response(connection="close")
+
+
+def _given_keys(headers):
+    """Yields the bytes that a request gives as its key, at most one for each way to give it."""
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    value = value.strip()
+    if scheme.lower() == "bearer":
+        yield value.encode("latin-1")
+    elif scheme.lower() == "basic":
+        try:
+            yield base64.b64decode(value, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            pass
+    if "x-api-key" in headers:
+        yield headers["x-api-key"].encode("latin-1")
+
+
+def _equal(given, key):
+    return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(key).digest())
+
+
+def _without_port(host):
+    name, colon, port = host.lower().rpartition(":")
+    return name if colon and port.isdigit() else host.lower()
+
+
+def _is_own(origin, host):
+    return origin.partition("://")[2].lower() == host.lower() != ""

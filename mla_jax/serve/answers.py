@@ -1,0 +1,137 @@
+"""From the engine's thread to the event loop: what the texts of one HTTP request give, as one stream."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+from mla_jax.completion import Piece
+from mla_jax.serve.api_error import ApiError, busy
+from mla_jax.serve.metrics import Metrics
+from mla_jax.serve.request import Draining, Failure, QueueFull, Request
+
+_RETRY_AFTER_DRAIN = 5.0  # seconds; who comes back then finds the next process
+
+
+class Answers:
+    """The texts of one HTTP request while they are drawn. It lives on one event loop.
+
+    Attributes:
+      tickets: of the engine, one for each text.
+    """
+
+    def __init__(self, engine: Any, metrics: Metrics, *, seconds: float, is_draining: Callable[[], bool]):
+        """Takes on nothing yet.
+
+        Args:
+          engine: draws.
+          metrics: are told how long tokens take.
+          seconds: that all texts together may take.
+          is_draining: whether a failure means that the server is about to stop.
+        """
+        self._engine, self._metrics, self._is_draining = engine, metrics, is_draining
+        self._events: asyncio.Queue = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._began = time.perf_counter()
+        self._deadline = self._loop.time() + seconds
+        self._seconds, self._open = seconds, set()
+        self.tickets: list[Any] = []
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Hands all requests to the engine, or none.
+
+        Raises:
+          ApiError: 400 if one can never run, 429 if there is no room for it now, 503 if there never will be.
+        """
+        try:
+            for index, request in enumerate(requests):
+                ticket = self._engine.submit(request, self._listener(index))
+                self.tickets.append(ticket)
+                self._open.add(index)
+        except ValueError as error:
+            self.close()
+            raise ApiError(str(error)) from None
+        except QueueFull as error:
+            self.close()
+            raise busy(error) from None
+        except Draining as error:
+            self.close()
+            message = str(error) or "the server is about to stop."
+            raise ApiError(message, status=503, code="draining", retry_after=_RETRY_AFTER_DRAIN) from None
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Yields (number of the text, piece) as they come, until every text has ended.
+
+        Raises:
+          ApiError: 500 if the engine fails a text, 503 if it takes too long or the server stops.
+        """
+        newest: dict[int, float] = {}
+        while self._open:
+            index, event = await self._next()
+            if isinstance(event, Failure):
+                self._open.discard(index)
+                raise ApiError(event.message, status=503 if self._is_draining() else 500)
+            now = time.perf_counter()
+            if index in newest:
+                self._metrics.between_tokens.observe(now - newest[index])
+            else:
+                self._metrics.first_token.observe(now - self._began)
+            newest[index] = now
+            if event.finish_reason is not None:
+                self._metrics.request.observe(now - self._began)
+                self._open.discard(index)
+            yield index, event
+
+    def end(self, index: int) -> None:
+        """Cancels one text, whose pieces are awaited no more."""
+        if index in self._open:
+            self._open.discard(index)
+            self.tickets[index].cancel()
+
+    def close(self) -> None:
+        """Cancels every text that has not ended. Whoever submits must see to it that this is called."""
+        for index in sorted(self._open):
+            self.end(index)
+
+    def leave(self) -> None:
+        """Does as `close`, and counts a client that left if there was something to cancel."""
+        if self._open:
+            self._metrics.disconnects.inc()
+        self.close()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Cancels every text if the block ends by an exception; if it is cancelled, the client has left."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.leave()
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def _listener(self, index):
+        def listen(event):
+            with contextlib.suppress(RuntimeError):  # the loop is closed: there is no one to tell
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        return listen
+
+    async def _next(self):
+        try:
+            while True:
+                if self._events.empty():  # else no timer has to be set
+                    async with asyncio.timeout_at(self._deadline):
+                        index, event = await self._events.get()
+                else:
+                    index, event = self._events.get_nowait()
+                if index in self._open:
+                    return index, event
+        except TimeoutError:
+            raise ApiError(
+                f"the answer took longer than the {self._seconds:g} seconds that it may.",
+                status=503,
+                code="timeout",
+            ) from None

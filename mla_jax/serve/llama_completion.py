@@ -1,0 +1,120 @@
+"""`/completion`: the continuation of a text, as llama-server's own interface has it."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from anyio import to_thread
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from mla_jax.completion import Piece
+from mla_jax.serve import bodies, shapes
+from mla_jax.serve.body_reader import while_connected
+from mla_jax.serve.event_stream import EventStream
+from mla_jax.serve.routing import read_body, salt_of_request, service_of
+
+_STOP_TYPES = {"length": "limit", "cancel": "none"}
+
+
+async def completion(request: Request) -> Response:
+    """Answers a `POST /completion`."""
+    service = service_of(request)
+    asked = bodies.completion(
+        await read_body(request), service.settings.sampling, service.settings.max_tokens
+    )
+    salt = salt_of_request(request)
+    return await while_connected(request, lambda: _complete(service, asked, salt))
+
+
+async def _complete(service, asked, salt):
+    drawn = await to_thread.run_sync(_prepare, service, asked, salt)
+    answers = service.answers()
+    with answers.held():
+        answers.submit([drawn])
+        tally = shapes.Tally(answers.tickets[0])
+        if asked.drawing.stream:
+            return EventStream(_chunks(service, asked, drawn, answers, tally), answers, has_done=False)
+        pieces = []
+        async for _, piece in answers.pieces():
+            tally.add(piece)
+            pieces.append(piece)
+    text = "".join(piece.text for piece in pieces)
+    return JSONResponse(_last(service, asked, drawn, answers, tally, pieces, text))
+
+
+def _prepare(service, asked, salt):
+    ids, compiled = service.encode(asked.prompts[0]), service.grammar(asked.drawing)
+    (drawn,) = service.requests(
+        ids, asked.drawing, salt=salt, grammar=compiled, num_logprobs=asked.num_logprobs
+    )
+    return drawn
+
+
+async def _chunks(service, asked, drawn, answers, tally) -> AsyncIterator[dict[str, Any]]:
+    async for _, piece in answers.pieces():
+        tally.add(piece)
+        if piece.finish_reason:
+            yield _last(service, asked, drawn, answers, tally, [piece], piece.text)
+            continue
+        chunk = _part(service, asked, [piece], piece.text) | {
+            "stop": False,
+            "tokens_predicted": tally.num_drawn,
+            "tokens_evaluated": len(drawn.prompt),
+        }
+        if asked.drawing.timings_per_token:
+            chunk["timings"] = tally.timings()
+        yield chunk
+
+
+def _part(service, asked, pieces: list[Piece], text: str) -> dict[str, Any]:
+    part = {"index": 0, "content": text, "tokens": [piece.token for piece in pieces]}
+    if asked.num_logprobs is not None:
+        tokenizer = service.model.tokenizer
+        part["completion_probabilities"] = [
+            {"id": piece.token} | shapes.chat_logprobs(tokenizer, piece.token, piece.logprobs)
+            for piece in pieces
+            if piece.logprobs is not None
+        ]
+    return part
+
+
+def _last(service, asked, drawn, answers, tally, pieces, text):
+    piece, told = pieces[-1], tally.timings()
+    stop_type = "word" if piece.stop is not None else _STOP_TYPES.get(piece.finish_reason, "eos")
+    ticket = answers.tickets[0]
+    return _part(service, asked, pieces, text) | {
+        "id_slot": -1 if ticket.slot is None else ticket.slot,
+        "stop": True,
+        "model": service.settings.alias,
+        "prompt": asked.prompts[0] if isinstance(asked.prompts[0], str) else list(asked.prompts[0]),
+        "tokens_predicted": tally.num_drawn,
+        "tokens_evaluated": len(drawn.prompt),
+        "tokens_cached": told["cache_n"],
+        "truncated": False,
+        "stop_type": stop_type,
+        "stopping_word": piece.stop or "",
+        "generation_settings": generation_settings(drawn.sampling, drawn.max_tokens),
+        "timings": told,
+    }
+
+
+def generation_settings(sampling, max_tokens: int | None) -> dict[str, Any]:
+    """Returns how texts are drawn in llama-server's words.
+
+    Args:
+      sampling: `SamplingParams`.
+      max_tokens: None for no limit.
+    """
+    return {
+        "n_predict": -1 if max_tokens is None else max_tokens,
+        "seed": -1 if sampling.seed is None else sampling.seed,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "typical_p": sampling.typical_p,
+        "repeat_penalty": sampling.repeat_penalty,
+        "repeat_last_n": sampling.penalty_last_n,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+    }

@@ -1,0 +1,249 @@
+"""`/v1/chat/completions`: conversations, with reasoning and tool calls told apart as they are written."""
+
+import dataclasses
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from anyio import to_thread
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from mla_jax import chat
+from mla_jax.completion import Piece
+from mla_jax.serve import bodies, schema, shapes
+from mla_jax.serve.answers import Answers
+from mla_jax.serve.api_error import ApiError
+from mla_jax.serve.body_reader import while_connected
+from mla_jax.serve.event_stream import EventStream
+from mla_jax.serve.routing import read_body, salt_of_request, service_of
+from mla_jax.serve.service import Service
+
+_FIELD = re.compile(r"(?:messages|tools|chat_template_kwargs)\b[\w\[\].]*")
+
+
+async def chat_completions(request: Request) -> Response:
+    """Answers a `POST /v1/chat/completions`."""
+    service = service_of(request)
+    asked = bodies.chat(await read_body(request), service.settings.sampling, service.settings.max_tokens)
+    salt = salt_of_request(request)
+    return await while_connected(request, lambda: _complete(service, asked, salt))
+
+
+async def apply_template(request: Request) -> Response:
+    """Answers a `POST /apply-template`: the prompt that a conversation becomes."""
+    service = service_of(request)
+    fields = schema.read(bodies.TEMPLATE_TABLE, await read_body(request))
+    messages = bodies.required(fields, "messages")
+    vocabulary = service.model.tokenizer.vocabulary
+    text = lambda token: "" if token is None else vocabulary.tokens[token]
+    render = lambda: chat.render(
+        messages,
+        _template(service),
+        tools=fields.get("tools"),
+        add_generation_prompt=fields.get("add_generation_prompt", True),
+        bos_token=text(vocabulary.bos_id),
+        eos_token=text(vocabulary.eos_id),
+        **service.settings.template_kwargs | fields.get("chat_template_kwargs", {}),
+    )
+    work = lambda: to_thread.run_sync(_told, render)
+    return JSONResponse({"prompt": await while_connected(request, work)})
+
+
+class _Message:
+    """One choice while it is written."""
+
+    def __init__(self, answer: chat.Answer, tally: shapes.Tally, *, parallel: bool):
+        self.tally, self._answer, self._parallel = tally, answer, parallel
+        self.content, self.reasoning, self.logprobs = [], [], []
+        self.calls: list[dict[str, Any]] = []
+        self.has_second_call = False
+
+    def add(self, piece: Piece) -> list[dict[str, Any]]:
+        """Takes a piece, and returns what is new as deltas of the API."""
+        self.tally.add(piece)
+        deltas = self._answer.feed(piece.text)
+        if piece.finish_reason is not None:
+            deltas += self._answer.finish()
+        return [told for told in map(self._tell, deltas) if told]
+
+    @property
+    def finish_reason(self) -> str:
+        """Why the answer ended."""
+        if self.has_second_call or (self.calls and self.tally.finish_reason == "stop"):
+            return "tool_calls"
+        return self.tally.finish_reason
+
+    def message(self) -> dict[str, Any]:
+        """Returns the whole answer."""
+        content = "".join(self.content)
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if self.reasoning:
+            message["reasoning_content"] = "".join(self.reasoning)
+        if self.calls:
+            message |= {"content": content or None, "tool_calls": self.calls}
+        return message
+
+    def _tell(self, delta):
+        call = delta.tool_call
+        if call is not None and call.index > 0 and not self._parallel:
+            self.has_second_call = True
+        if self.has_second_call:
+            return {}
+        told = {}
+        if delta.content:
+            self.content.append(delta.content)
+            told["content"] = delta.content
+        if delta.reasoning:
+            self.reasoning.append(delta.reasoning)
+            told["reasoning_content"] = delta.reasoning
+        if call is not None:
+            told["tool_calls"] = [self._tell_call(call)]
+        return told
+
+    def _tell_call(self, call):
+        if call.name is None:
+            self.calls[call.index]["function"]["arguments"] += call.arguments
+            return {"index": call.index, "function": {"arguments": call.arguments}}
+        function = {"name": call.name, "arguments": call.arguments}
+        whole = {"id": call.id, "type": "function", "function": dict(function)}
+        self.calls.append(whole)
+        return {"index": call.index, "id": call.id, "type": "function", "function": function}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A conversation as requests, and how the answers to it are to be read."""
+
+    requests: list[Any]
+    form: str
+    starts_in_reasoning: bool
+
+
+async def _complete(service, asked, salt):
+    prepared = await to_thread.run_sync(_prepare, service, asked, salt)
+    answers = service.answers()
+    with answers.held():
+        answers.submit(prepared.requests)
+        messages = [
+            _Message(
+                chat.Answer(
+                    prepared.form,
+                    tools=asked.tools,
+                    starts_in_reasoning=prepared.starts_in_reasoning,
+                    reasoning_format=asked.reasoning_format or service.settings.reasoning_format,
+                ),
+                shapes.Tally(ticket),
+                parallel=asked.parallel_tool_calls,
+            )
+            for ticket in answers.tickets
+        ]
+        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time())}
+        head["model"] = service.settings.alias
+        if asked.drawing.stream:
+            head["object"] = "chat.completion.chunk"
+            return EventStream(_chunks(service, asked, answers, messages, head), answers)
+        async for index, piece in answers.pieces():
+            _take(service, asked, answers, messages, index, piece)
+    choices = [
+        {
+            "index": index,
+            "message": message.message(),
+            "logprobs": {"content": message.logprobs} if asked.num_logprobs is not None else None,
+            "finish_reason": message.finish_reason,
+        }
+        for index, message in enumerate(messages)
+    ]
+    body = head | {"object": "chat.completion", "choices": choices, "usage": _usage(messages)}
+    return JSONResponse(body | {"timings": messages[0].tally.timings()})
+
+
+def _prepare(service: Service, asked: bodies.ChatBody, salt: str) -> _Prepared:
+    """Does everything that may take long before a conversation is handed to the engine."""
+    template, tokenizer = _template(service), service.model.tokenizer
+    form = chat.answer_format(template)
+    compiled = service.grammar(asked.drawing) if asked.tool_choice == "auto" else None
+    if asked.tool_choice != "auto":
+        compiled = service.tool_grammar(asked.drawing, asked.tools, asked.tool_choice, form)
+    kwargs = service.settings.template_kwargs | asked.template_kwargs
+    ids = _told(
+        lambda: service.model.encode_chat(asked.messages, template=template, tools=asked.tools, kwargs=kwargs)
+    )
+    return _Prepared(
+        requests=service.requests(
+            service.checked(ids, "messages"),
+            asked.drawing,
+            salt=salt,
+            grammar=compiled,
+            num_logprobs=asked.num_logprobs,
+            shown_tokens=service.shown_tokens,
+        ),
+        form=form,
+        starts_in_reasoning=chat.starts_in_reasoning(ids, tokenizer),
+    )
+
+
+def _told(work):
+    """Returns what `work` does, its errors as answers that name the field."""
+    try:
+        return work()
+    except ValueError as error:
+        field = _FIELD.match(str(error))
+        raise ApiError(str(error), param=field[0].rstrip(".") if field else "messages") from None
+
+
+def _template(service):
+    return service.settings.chat_template or chat.template_for(service.model.tokenizer)
+
+
+def _take(service, asked, answers, messages, index, piece):
+    """Adds a piece to its choice, and returns (deltas, logprobs) that are new."""
+    message, told = messages[index], None
+    deltas = message.add(piece)
+    if asked.num_logprobs is not None and piece.logprobs is not None:
+        told = shapes.chat_logprobs(service.model.tokenizer, piece.token, piece.logprobs)
+        message.logprobs.append(told)
+    if message.has_second_call:
+        answers.end(index)
+    return deltas, told
+
+
+async def _chunks(
+    service: Service,
+    asked: bodies.ChatBody,
+    answers: Answers,
+    messages: list[_Message],
+    head: dict[str, Any],
+) -> AsyncIterator[dict[str, Any]]:
+    def chunk(index, delta, logprobs=None, finish_reason=None):
+        told = None if logprobs is None else {"content": [logprobs]}
+        choice = {"index": index, "delta": delta, "logprobs": told, "finish_reason": finish_reason}
+        return head | {"choices": [choice]}
+
+    for index in range(len(messages)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    async for index, piece in answers.pieces():
+        message = messages[index]
+        deltas, logprobs = _take(service, asked, answers, messages, index, piece)
+        is_last = piece.finish_reason is not None or message.has_second_call
+        if not deltas and (logprobs is not None or asked.drawing.timings_per_token) and not is_last:
+            deltas = [{}]
+        for delta in deltas:
+            told = chunk(index, delta, logprobs)
+            if asked.drawing.timings_per_token:
+                told["timings"] = message.tally.timings()
+            yield told
+            logprobs = None  # of the token, which has given several deltas
+        if is_last:
+            told = chunk(index, {}, logprobs, message.finish_reason)
+            yield told | {"timings": message.tally.timings()}
+    if asked.drawing.include_usage:
+        yield head | {"choices": [], "usage": _usage(messages)}
+
+
+def _usage(messages):
+    of = messages[0].tally.ticket_timings
+    drawn = sum(message.tally.num_drawn for message in messages)
+    return shapes.usage(of.prompt_tokens, of.cached_tokens, drawn)

@@ -1,0 +1,130 @@
+"""The server process: uvicorn around the application, and how it begins and ends."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from anyio import to_thread
+
+from mla_jax.serve.application import application
+from mla_jax.serve.connections import Connection
+from mla_jax.serve.service import Service
+
+_HEAD_BYTES = 16 << 10  # of a request
+_IDLE_SECONDS = 75  # that a connection may be without a request
+_FLUSH_SECONDS = 1  # for answers to be sent, once nothing is drawn any more
+_MAX_CONNECTIONS = 1024
+_BACKLOG = 512
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Returns a socket that is bound and does not listen yet, so that a port in use is known at once.
+
+    Args:
+      host: name or address of this machine.
+      port: 0 for any that is free.
+
+    Raises:
+      OSError: the address cannot be used.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def url(bound: socket.socket, *, is_secure: bool = False) -> str:
+    """Returns the address of a bound socket as a browser takes it."""
+    host, port, *_ = bound.getsockname()
+    return f"http{'s' * is_secure}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def run(
+    service: Service,
+    bound: socket.socket,
+    *,
+    drain_seconds: float,
+    started: Callable[[], None],
+    num_threads: int = 8,
+    ssl_certificate: str | None = None,
+    ssl_key: str | None = None,
+) -> None:
+    """Serves until a signal asks for the end, and returns when every request has been answered or cut off.
+
+    At the first SIGTERM or SIGINT new requests get 503 and the others may go on for a while; at the second
+    the process ends.
+
+    Args:
+      service: its engine runs in a thread of its own.
+      bound: from `bind`.
+      drain_seconds: that requests may go on for.
+      started: is called when the server listens.
+      num_threads: that read prompts and write templates.
+      ssl_certificate: file of the certificate in PEM, None for plain HTTP.
+      ssl_key: file of its key.
+    """
+    protocol = type("_Connection", (Connection,), {"send_seconds": service.settings.send_seconds})
+    config = uvicorn.Config(
+        application(service),
+        http=protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=_MAX_CONNECTIONS,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_graceful_shutdown=_FLUSH_SECONDS,
+        h11_max_incomplete_event_size=_HEAD_BYTES,
+        ssl_certfile=ssl_certificate,
+        ssl_keyfile=ssl_key,
+    )
+    service.engine.start()
+    try:
+        _Server(config, service, drain_seconds, num_threads, started).run(sockets=[bound])
+    finally:
+        service.engine.stop()
+
+
+class _Server(uvicorn.Server):
+    """Drains before it shuts down, where uvicorn would turn clients away at once."""
+
+    def __init__(self, config, service, drain_seconds, num_threads, started):
+        super().__init__(config)
+        self._service, self._drain_seconds, self._started = service, drain_seconds, started
+        self._num_threads, self._loop, self._draining = num_threads, None, None
+
+    async def startup(self, sockets=None) -> None:
+        """Listens, and says so."""
+        self._loop = asyncio.get_running_loop()
+        to_thread.current_default_thread_limiter().total_tokens = self._num_threads
+        await super().startup(sockets)
+        self._started()
+
+    def handle_exit(self, sig: int, frame) -> None:
+        """Begins to end at the first signal, and ends at the second."""
+        if self._service.is_draining:
+            os._exit(128 + sig)
+        self._service.is_draining = True
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_to_drain)
+
+    def _begin_to_drain(self):
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self):
+        try:
+            await to_thread.run_sync(self._service.engine.drain, self._drain_seconds)
+        finally:
+            self.should_exit = True
