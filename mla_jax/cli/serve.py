@@ -25,7 +25,14 @@ def serve(values):
     bound = server.bind(values.host, values.port)
     try:
         settings |= _hosts(values, bound, settings["api_keys"])
-        model = loading.load(values, parallel=values.parallel, cache_ram=values.cache_ram)
+        model = loading.load(
+            values,
+            parallel=values.parallel,
+            cache_ram=None if values.cache_ram < 0 else values.cache_ram,
+            keep_drawn=False,  # or a text would depend, by rounding, on what was asked before
+            max_waiting=values.max_waiting,
+            max_waiting_tokens=values.max_waiting_tokens,
+        )
         if template is not None:
             model.encode_chat([{"role": "user", "content": "hello"}], template=template, kwargs=kwargs)
         elif model.tokenizer.vocabulary.chat_template is None:

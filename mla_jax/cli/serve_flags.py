@@ -71,8 +71,12 @@ def define_limits(values: flags.FlagValues) -> None:
     own = dict(flag_values=values)
     text = "requests computed at once; they share --ctx-size."
     flags.DEFINE_integer("parallel", 4, text, lower_bound=1, upper_bound=256, **own)
-    text = "MiB of cached prompts beside the context; 0: none, -1: any."
-    flags.DEFINE_integer("cache_ram", None, text, lower_bound=-1, upper_bound=2**31 - 1, **own)
+    text = "requests that may wait; others are sent away with 429."
+    flags.DEFINE_integer("max_waiting", 128, text, lower_bound=0, upper_bound=1 << 16, **own)
+    text = "tokens that their prompts may have together."
+    flags.DEFINE_integer("max_waiting_tokens", 1 << 20, text, lower_bound=0, **own)
+    text = "MiB of the cache that prompts are kept in; 0: none, -1: any."
+    flags.DEFINE_integer("cache_ram", -1, text, lower_bound=-1, upper_bound=2**31 - 1, **own)
     flags.DEFINE_boolean("cont_batching", True, "compute requests together; always.", **own)
     flags.DEFINE_integer(
         "timeout", 600, "seconds that a client may leave its answer unread.", lower_bound=1, **own

@@ -29,6 +29,7 @@ _HEADERS = {
 }
 _ALLOWED_HEADERS = "authorization, content-type, x-api-key"
 _PREFLIGHT_SECONDS = "600"
+HEAD_BYTES = 16 << 10  # of a request without its body
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -71,6 +72,11 @@ class Access:
 
     def _stopped(self, scope, headers, origin):
         """Returns the answer to a request that may not pass, None if it may."""
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > HEAD_BYTES:
+            message = f"path and headers must have at most {HEAD_BYTES} bytes, got {size}."
+            return ApiError(message, status=431).response(connection="close")
         host = headers.get("host", "")
         if self._hosts and _without_port(host) not in self._hosts:
             return _refusal(f"the Host header must name this server, got {host[:80]!r}.")

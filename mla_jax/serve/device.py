@@ -87,9 +87,14 @@ class Device:
     @property
     def is_sound(self) -> bool:
         """Whether the rows are still there; a step that failed may have taken them along."""
-        return self._layers is not None and not any(
-            leaf.is_deleted() for leaf in jax.tree.leaves(self._layers)
-        )
+        leaves = jax.tree.leaves(self._layers)
+        if any(leaf.is_deleted() for leaf in leaves):
+            return False
+        try:
+            jax.block_until_ready(leaves)
+        except Exception:  # what failed was to write them
+            return False
+        return True
 
     def reset(self) -> None:
         """Forgets all rows."""
@@ -222,7 +227,10 @@ class Device:
         return Cache(layers=self._layers, length=np.asarray(lengths, np.int32))
 
     def _pages(self, pages, size):
-        return np.asarray([*pages, *[self.num_pages] * (size - len(pages))], np.int32)
+        """Returns i32[size], filled up with what is no page."""
+        filled = np.full((size,), self.num_pages, np.int32)
+        filled[: len(pages)] = pages
+        return filled
 
     def _table(self, rows):
         return np.stack([self._pages(pages, self.num_pages) for pages in rows])

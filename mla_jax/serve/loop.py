@@ -45,7 +45,7 @@ class Loop:
         self.stepped = time.monotonic()
         self._device, self._new_scheduler, self._eog_ids = device, new_scheduler, eog_ids
         self._seconds_per_step = 0.0
-        self._at_work: Sequence[Ticket] | None = None  # whose call may have failed; None: all may suffer
+        self._at_work: Sequence[Ticket] | None = None  # whose call may have failed; None while planning
 
     def step(self) -> bool:
         """Takes one step; returns False if there was nothing to do."""
@@ -58,6 +58,7 @@ class Loop:
         except Exception as error:
             logging.exception("a step failed")
             self._recover(error)
+            return bool(self.scheduler.running or self.scheduler.waiting)
         except BaseException as error:  # an interrupt
             self._recover(error)
             raise
@@ -84,6 +85,7 @@ class Loop:
         return steps.within(_SMOOTH_SECONDS, self._seconds_per_step)
 
     def _execute(self, plan: Plan):
+        self._at_work = [*self.scheduler.running, *(ticket for ticket, _ in plan.leaving)]
         for ticket in self.scheduler.running:
             self._begin(ticket)
         for ticket, pages in plan.leaving:
@@ -200,14 +202,19 @@ class Loop:
                 self._fail(ticket, error)
 
     def _recover(self, error):
-        """Ends those who were at work, and all if rows were lost with them."""
-        if self._at_work is not None and self._device.is_sound:
-            for ticket in self._at_work:
+        """Ends those who were at work, with lost rows all that run, and after a bad plan those who wait too."""
+        if self._at_work is None:
+            self.fail_all(error)
+        else:
+            is_sound = self._device.is_sound
+            for ticket in [*self._at_work, *(() if is_sound else self.scheduler.running)]:
                 if not ticket.has_ended:
                     self._fail(ticket, error)
-            self.scheduler.settle()
-            return
-        self.fail_all(error)
+            if is_sound:
+                self.scheduler.settle()
+                return
         self.counts["preemptions"] += self.scheduler.num_preemptions
-        self.scheduler = self._new_scheduler()
+        waiting, self.scheduler = self.scheduler.waiting, self._new_scheduler()
+        for ticket in waiting:
+            self.scheduler.submit(ticket)
         self._device.reset()

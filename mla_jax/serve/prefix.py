@@ -35,6 +35,7 @@ class PrefixCache:
         self.limit = limit
         self._table = table
         self._pages: collections.OrderedDict[bytes, int] = collections.OrderedDict()  # least used first
+        self._before: dict[bytes, bytes | None] = {}  # key of the page before each
 
     def __len__(self):
         return len(self._pages)
@@ -56,32 +57,41 @@ class PrefixCache:
 
     def add(self, keys: Sequence[bytes], pages: Iterable[int]) -> None:
         """Holds the pages of a prompt under their keys; all their rows must have been written."""
+        before = None
         for key, page in zip(keys, pages, strict=True):
             if key not in self._pages:
                 self._table.hold(page)
-                self._pages[key] = page
+                self._pages[key], self._before[key] = page, before
+            before = key
         self._touch(keys)
         while self.limit is not None and len(self._pages) > self.limit:
-            self._table.drop(self._pages.popitem(last=False)[1])
+            self._drop(next(iter(self._pages)))
 
     def evict(self, count: int) -> int:
         """Frees up to `count` pages that nobody else has, the least used first, and returns how many."""
         idle = (key for key, page in self._pages.items() if self._table.num_owners(page) == 1)
         chosen = [key for key, _ in zip(idle, range(count), strict=False)]
         for key in chosen:
-            self._table.drop(self._pages.pop(key))
+            self._drop(key)
         return len(chosen)
 
     def clear(self) -> None:
         """Forgets everything."""
-        while self._pages:
-            self._table.drop(self._pages.popitem()[1])
+        for key in list(self._pages):
+            self._drop(key)
 
     def forget(self, pages: Iterable[int]) -> None:
         """Forgets some pages, whose rows turned out to be wrong, with whatever came after them."""
-        wrong = set(pages)
-        for key in [key for key, page in self._pages.items() if page in wrong]:
-            self._table.drop(self._pages.pop(key))
+        pages = set(pages)
+        wrong = {key for key, page in self._pages.items() if page in pages}
+        while wrong:
+            for key in wrong:
+                self._drop(key)
+            wrong = {key for key in self._pages if self._before[key] in wrong}
+
+    def _drop(self, key):
+        del self._before[key]
+        self._table.drop(self._pages.pop(key))
 
     def _touch(self, keys):
         for key in reversed(keys):  # the first page last: it must outlive those after it

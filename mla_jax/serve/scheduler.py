@@ -157,7 +157,7 @@ class Scheduler:
         ready = [job for job in self._running if job.is_prefilled]
         is_busy = self.waiting or len(ready) < len(self._running)
         longest = max((job.limit - len(job.tokens) for job in ready), default=0)
-        num_steps = 1 if is_busy else min(longest, steps_wanted())
+        num_steps = 1 if is_busy or not ready else min(longest, steps_wanted())
         num_steps, leaving = self._make_room_to_draw(ready, num_steps)
         ready = [job for job in ready if job.slot is not None]
         copies = []
@@ -166,7 +166,7 @@ class Scheduler:
         coming = [] if leaving else self._admit(copies)
         prefill = self._prefill(_BESIDE_DECODE if ready else self._widths[-1])
         if not (ready or prefill or coming or leaving):
-            return None
+            return self.plan(steps_wanted) if self._running else None  # all their rows were there already
         return Plan(leaving, copies, coming, prefill, ready, num_steps)
 
     def wrote(self, piece: Piece) -> None:

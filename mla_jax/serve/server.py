@@ -8,11 +8,11 @@ from collections.abc import Callable
 import uvicorn
 from anyio import to_thread
 
+from mla_jax.serve.access import HEAD_BYTES
 from mla_jax.serve.application import application
 from mla_jax.serve.connections import Connection
 from mla_jax.serve.service import Service
 
-_HEAD_BYTES = 16 << 10  # of a request
 _IDLE_SECONDS = 75  # that a connection may be without a request
 _FLUSH_SECONDS = 1  # for answers to be sent, once nothing is drawn any more
 _MAX_CONNECTIONS = 1024
@@ -84,7 +84,7 @@ def run(
         backlog=_BACKLOG,
         timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=_FLUSH_SECONDS,
-        h11_max_incomplete_event_size=_HEAD_BYTES,
+        h11_max_incomplete_event_size=HEAD_BYTES,
         ssl_certfile=ssl_certificate,
         ssl_keyfile=ssl_key,
     )

@@ -105,6 +105,11 @@ class Service:
         Raises:
           ApiError: for an empty prompt, one longer than the context, or an id out of range.
         """
+        if isinstance(prompt, str) and len(prompt) > self._max_chars:
+            message = (
+                f"{name} must fit the context of {self.model.ctx_size} tokens, got {len(prompt)} characters."
+            )
+            raise ApiError(message, param=name, code="context_length_exceeded")
         try:
             ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         except ValueError as error:
@@ -128,6 +133,11 @@ class Service:
                     f"token ids must be in [0, {size}), got {token} at position {position}.", param=name
                 )
         return tuple(ids)
+
+    @functools.cached_property
+    def _max_chars(self):
+        """Characters that a context of the longest tokens has: who sends more need not be tokenised."""
+        return self.model.ctx_size * max(map(len, self.model.tokenizer.vocabulary.tokens))
 
     def grammar(self, drawing: Drawing) -> Any:
         """Returns the compiled grammar that answers must follow, None for none.

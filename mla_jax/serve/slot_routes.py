@@ -90,7 +90,7 @@ def _restore(service, slot, name, salt):
     began = time.perf_counter()
     path = service.settings.slot_folder / name
     with _naming(path), _plain_file(path) as num_bytes:
-        num_tokens = service.engine.restore_slot(slot, path, salt=salt)
+        num_tokens = len(service.engine.restore_slot(slot, path, salt=salt))
     told = {"id_slot": slot, "filename": name, "n_restored": num_tokens, "n_read": num_bytes}
     return told | {"timings": {"restore_ms": _milliseconds(began)}}
 

@@ -82,7 +82,8 @@ export class Settings {
     if (minimum >= this.numExperts) return `All ${this.numExperts} experts of a token: none is left out.`;
     if (threshold === 1) return `Exactly ${minimum} of a token's ${this.numExperts} experts.`;
     const share = threshold.toFixed(2);
-    return `${minimum} to ${this.numExperts} experts a token: the best ${minimum}, and those of ${share} of the best score.`;
+    const others = `others from ${share} of the best score on`;
+    return `${minimum} to ${this.numExperts} experts a token: the best ${minimum}, and ${others}.`;
   }
 
   get key() {

@@ -13,7 +13,8 @@ export function element(tag, className = "", text = "") {
   return made;
 }
 
-// Splits a text into {kind: "code" | "heading" | "item" | "prose", text, language?}; a fence may still be open.
+// Splits a text into blocks {kind: "code" | "heading" | "item" | "prose", text, language?}. The last fence
+// may still be open.
 function blocksOf(text) {
   const blocks = [];
   let fence = null;
@@ -37,8 +38,8 @@ function blocksOf(text) {
       blocks.push({ kind: "heading", text: HEADING.exec(line)[1] });
     } else if (ITEM.test(line)) {
       flush();
-      const marked = line.replace(ITEM, (_, indent, bullet, number) => `${indent}${bullet ? "•" : number} `);
-      blocks.push({ kind: "item", text: marked });
+      const mark = (_, indent, bullet, number) => `${indent}${bullet ? "•" : number} `;
+      blocks.push({ kind: "item", text: line.replace(ITEM, mark) });
     } else if (line.trim() === "") {
       flush();
     } else {
@@ -49,8 +50,8 @@ function blocksOf(text) {
   return blocks.map((block) => (block.lines ? { ...block, text: block.lines.join("\n") } : block));
 }
 
-function proseElement(text, className) {
-  const paragraph = element("p", className);
+function proseElement(tag, className, text) {
+  const paragraph = element(tag, className);
   let end = 0;
   for (const match of text.matchAll(INLINE)) {
     paragraph.append(text.slice(end, match.index));
@@ -74,8 +75,7 @@ export function codeElement(text, title) {
 
 function blockElement(block) {
   if (block.kind === "code") return codeElement(block.text, block.language);
-  if (block.kind === "heading") return element("h3", "", block.text);
-  return proseElement(block.text, block.kind);
+  return proseElement(block.kind === "heading" ? "h3" : "p", block.kind, block.text);
 }
 
 // Shows `text` in `parent`; blocks that are as before keep their elements, so that a selection in them stays.

@@ -1,0 +1,25 @@
+"""Run as a process: the real server over an engine by script. Its argument is JSON; it prints its address."""
+
+import json
+import sys
+
+from fake_engine import fake_model
+
+from mla_jax.serve import server
+from mla_jax.serve.connections import Connection
+from mla_jax.serve.service import Service, Settings
+
+
+def main():
+    told = json.loads(sys.argv[1])
+    model = fake_model(**told.get("engine", {}))
+    model.engine.say(told.get("text", "Hello there."))
+    Connection.head_seconds = told.get("head_seconds", 30.0)
+    service = Service(model, Settings(alias="toy", file_name="toy.gguf", **told.get("settings", {})))
+    bound = server.bind("127.0.0.1", 0)
+    started = lambda: print(server.url(bound), flush=True)
+    server.run(service, bound, drain_seconds=told.get("drain_seconds", 5.0), started=started)
+
+
+if __name__ == "__main__":
+    main()

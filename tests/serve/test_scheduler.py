@@ -1,0 +1,246 @@
+"""The scheduler over a device of canaries: nothing is lost, crossed, leaked or written by two."""
+
+import hypothesis
+import numpy as np
+import pytest
+from canary import DEAD, CanaryDevice, check_pages, kill_the_rest, lone_text, rows_of
+from hypothesis import stateful
+from hypothesis import strategies as st
+
+from mla_jax.cache import PoolExhausted
+from mla_jax.sampler import SamplingParams
+from mla_jax.serve import scheduler as scheduler_lib
+from mla_jax.serve.device import Row
+from mla_jax.serve.prefix import page_keys
+from mla_jax.serve.request import Request
+from mla_jax.serve.scheduler import Job, Scheduler
+
+PAGE_SIZE = 4
+PHASES = ("take", "copy", "put", "prefill", "decode")
+
+
+class Broken(Exception):
+    """What a planned fault raises."""
+
+
+def make_job(prompt, max_tokens, *, seed=0, root="a", reuse_prefix=True):
+    sampling = SamplingParams(seed=seed)
+    request = Request(prompt=tuple(prompt), sampling=sampling, reuse_prefix=reuse_prefix)
+    return Job(request=request, root=root, tokens=list(prompt), limit=len(prompt) + max_tokens)
+
+
+class Bench:
+    """A scheduler, canaries, and the few lines that lie between them."""
+
+    def __init__(self, *, num_slots=3, num_pages=9, width=8, **settings):
+        sizes = dict(num_pages=num_pages, page_size=PAGE_SIZE, widths=(width,))
+        self.scheduler = Scheduler(num_slots=num_slots, **sizes, **settings)
+        self.device = CanaryDevice(max_rows=num_slots, **sizes)
+        self.ended, self.known = [], {}
+
+    def step(self, num_steps=1, fails=None):
+        """Takes a step; `fails` is (phase, which call of it in this step). Returns the plan."""
+        kill_the_rest(self.device, self.scheduler)
+        calls = dict(self.device.calls)
+        plan = self.scheduler.plan(lambda: num_steps)
+        if plan is None:
+            assert not self.scheduler.running and not self.scheduler.waiting
+            return None
+        at_work = []
+
+        def enter(phase, jobs):
+            at_work[:] = jobs
+            if fails == (phase, self.device.calls[phase] - calls.get(phase, 0)):
+                raise Broken
+
+        try:
+            self._carry_out(plan, enter)
+        except Broken:
+            for job in at_work:
+                self.scheduler.discard(job)
+            self.scheduler.settle()
+        return plan
+
+    def check(self):
+        check_pages(self.scheduler)
+        pool, table = self.device.pool.reshape(-1, 3), self.scheduler.table
+        owned = [(job.pages, job.tokens[: job.num_rows], job.root) for job in self.scheduler.running]
+        kept = [slot.kept for slot in self.scheduler.slots if slot.kept]
+        for name, tokens, root in [*owned, *((it.pages, it.tokens, it.root) for it in kept)]:
+            assert len(tokens) <= table.length(name)
+            slots = np.arange(len(tokens))
+            places = np.asarray(table.pages(name), int)[slots // PAGE_SIZE] * PAGE_SIZE + slots % PAGE_SIZE
+            assert np.array_equal(pool[places], rows_of(tokens, root))
+        for key, page in self.scheduler.prefix._pages.items():
+            assert np.array_equal(self.device.pool[page], self.known[key])
+        for slot in self.scheduler.slots:
+            assert slot.job is None or (slot.job.slot == slot.id and slot.kept is None)
+
+    def learn(self, tokens, root):
+        """Notes what the full pages of a text hold."""
+        keys = page_keys(tokens, PAGE_SIZE, root)
+        pages = rows_of(tokens, root)[: len(keys) * PAGE_SIZE].reshape(len(keys), PAGE_SIZE, 3)
+        self.known.update(zip(keys, pages, strict=True))
+
+    def end_all(self):
+        for _ in range(1000):
+            if self.step() is None:
+                break
+        assert not self.scheduler.running and not self.scheduler.waiting
+        self.check()
+        self.scheduler.forget()
+        assert self.scheduler.table.num_free == self.scheduler.table.num_pages
+
+    def _carry_out(self, plan, enter):
+        table = self.scheduler.table
+        for job, pages in plan.leaving:
+            job.swapped = self.device.take(pages)
+        assert all(table.num_owners(target) == 1 for _, target in plan.copies)
+        self.device.copy(plan.copies)
+        for job, pages in plan.coming:
+            self.device.put(pages[: table.pages_for(job.num_rows)], job.swapped)
+            job.swapped = None
+        for piece in plan.prefill:
+            enter("prefill", [piece.job])
+            self._owns(piece.job, piece.start, len(piece.tokens))
+            pages = table.pages(piece.job.pages)
+            self.device.prefill(piece.tokens, piece.width, piece.start, pages, piece.job.root)
+            self.learn(piece.job.tokens[: piece.job.num_prompt - 1], piece.job.root)
+            self.scheduler.wrote(piece)
+        if plan.decode:
+            enter("decode", plan.decode)
+            self._decode(plan)
+
+    def _decode(self, plan):
+        rows = []
+        for job in plan.decode:
+            self._owns(job, job.num_rows, min(plan.num_steps, job.limit - len(job.tokens)))
+            row = dict(tokens=job.tokens, pages=self.scheduler.table.pages(job.pages), reduction=job.root)
+            rows.append(Row(sampling=job.request.sampling, **row))
+        for job, drawn in zip(plan.decode, self.device.decode(rows, plan.num_steps), strict=True):
+            job.tokens += drawn[: job.limit - len(job.tokens)]
+            self.scheduler.drew(job)
+            self.learn(job.tokens[: job.num_rows], job.root)
+            if len(job.tokens) == job.limit:
+                self.scheduler.finish(job)
+                self.ended.append(job)
+                seed = job.request.sampling.seed
+                about = dict(seed=seed, reduction=job.root, vocab_size=self.device.vocab_size)
+                lone = lone_text(job.request.prompt, job.limit - job.num_prompt, **about)
+                assert job.tokens == [*job.request.prompt, *lone]
+
+    def _owns(self, job, start, count):
+        pages = self.scheduler.table.pages(job.pages)
+        for slot in range(start, start + count):
+            assert self.scheduler.table.num_owners(pages[slot // PAGE_SIZE]) == 1
+
+
+class Requests(stateful.RuleBasedStateMachine):
+    """Requests that begin alike come, run, are given up and fail, in a pool that is too small for them."""
+
+    @stateful.initialize(
+        num_pages=st.sampled_from([5, 6, 9, 14]),
+        width=st.sampled_from([3, 8]),
+        keep_drawn=st.booleans(),
+        prefix_limit=st.sampled_from([None, None, 0, 3]),
+    )
+    def make(self, num_pages, **settings):
+        self.bench, self.jobs = Bench(num_pages=num_pages, **settings), []
+        self.saved = []
+        self.capacity = num_pages * PAGE_SIZE
+
+    @stateful.rule(
+        length=st.integers(1, 18),
+        changed=st.integers(0, 40),
+        max_tokens=st.integers(1, 9),
+        seed=st.integers(0, 2),
+        root=st.sampled_from("aab"),
+        reuse_prefix=st.sampled_from([True, True, True, False]),
+    )
+    def submit(self, length, changed, max_tokens, **about):
+        prompt = [7 + i % 3 for i in range(length)]
+        if changed < length:
+            prompt[changed] = 4
+        job = make_job(prompt, min(max_tokens, self.capacity + 1 - length), **about)
+        self.bench.scheduler.submit(job)
+        self.jobs.append(job)
+
+    @stateful.precondition(lambda self: any(job.slot is not None for job in self.jobs))
+    @stateful.rule(data=st.data(), seed=st.integers(0, 2), more=st.lists(st.integers(3, 5), max_size=3))
+    def go_on_with_a_chat(self, data, seed, more):
+        """Submits the tokens of a running request, and some more, as the next turn of a chat does."""
+        running = [job for job in self.jobs if job.slot is not None]
+        tokens = [*data.draw(st.sampled_from(running)).tokens, *more][: self.capacity]
+        job = make_job(tokens, 1, seed=seed)
+        self.bench.scheduler.submit(job)
+        self.jobs.append(job)
+
+    @stateful.rule(num_steps=st.integers(1, 4))
+    def step(self, num_steps):
+        self.bench.step(num_steps)
+
+    @stateful.rule(num_steps=st.integers(1, 4))
+    def step_thrice(self, num_steps):
+        for _ in range(3):
+            self.bench.step(num_steps)
+            self.bench.check()
+
+    @stateful.rule(phase=st.sampled_from(["prefill", "decode"]), call=st.integers(0, 1))
+    def fail(self, phase, call):
+        self.bench.step(2, fails=(phase, call))
+
+    @stateful.precondition(lambda self: self.bench.scheduler.running or self.bench.scheduler.waiting)
+    @stateful.rule(data=st.data(), how=st.sampled_from(["finish", "finish", "discard"]))
+    def give_up(self, data, how):
+        scheduler = self.bench.scheduler
+        job = data.draw(st.sampled_from([*scheduler.running, *scheduler.waiting]))
+        getattr(scheduler, how)(job)
+
+    @stateful.precondition(lambda self: any(slot.kept for slot in self.bench.scheduler.slots))
+    @stateful.rule(data=st.data())
+    def save(self, data):
+        slot = data.draw(st.sampled_from([slot for slot in self.bench.scheduler.slots if slot.kept]))
+        pages = self.bench.scheduler.table.pages(slot.kept.pages)
+        self.saved.append((slot.kept.tokens, slot.kept.root, self.bench.device.take(pages)))
+
+    @stateful.precondition(lambda self: self.saved and self._idle())
+    @stateful.rule(data=st.data())
+    def restore(self, data):
+        tokens, root, rows = data.draw(st.sampled_from(self.saved))
+        try:
+            pages = self.bench.scheduler.keep(data.draw(st.sampled_from(self._idle())), tokens, root)
+        except PoolExhausted:
+            return
+        assert all(self.bench.scheduler.table.num_owners(page) == 1 for page in pages)
+        self.bench.device.put(pages, rows)
+
+    @stateful.precondition(lambda self: self._idle())
+    @stateful.rule(data=st.data())
+    def erase(self, data):
+        slot = data.draw(st.sampled_from(self._idle()))
+        num_kept = len(slot.kept.tokens) if slot.kept else 0
+        assert self.bench.scheduler.erase(slot) == num_kept and slot.kept is None
+
+    @stateful.rule()
+    def forget(self):
+        self.bench.scheduler.forget()
+        assert not any(slot.kept for slot in self.bench.scheduler.slots)
+        assert len(self.bench.scheduler.prefix) == 0
+
+    @stateful.invariant()
+    def all_is_well(self):
+        if hasattr(self, "bench"):
+            self.bench.check()
+
+    def teardown(self):
+        if hasattr(self, "bench"):
+            self.bench.end_all()
+
+    def _idle(self):
+        return [slot for slot in self.bench.scheduler.slots if slot.job is None]
+
+
+def test_whatever_comes(monkeypatch):
+    monkeypatch.setattr(scheduler_lib, "_BESIDE_DECODE", 8)
+    settings = hypothesis.settings(max_examples=150, stateful_step_count=50, deadline=None)
+    stateful.run_state_machine_as_test(Requests, settings=settings)
