@@ -9,7 +9,8 @@ prompts of token ids, from the sources of Python's argparse. Each round draws th
 share of a core is told, and so is what it takes from a server that computes nothing.
 
 tokens/s  drawn tokens of a run / its seconds, reading the prompts included
-ms/token  of a text after its first token: the mean of a request, the median over requests
+decode    streams / the seconds a token of a text that has begun, the median over its requests; a stream
+          waits meanwhile for prompts of others
 TTFT      from before the connection to the first event that has text
 ITL       between two events with text, of one request; a server may send several tokens at a time, and may
           wait with a token whose characters are not complete

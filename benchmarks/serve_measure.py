@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ class Work:
       tokens: ids that prompts are cut from.
       prompts: tokens of a prompt, a cell of the grid each.
       streams: requests at a time, a cell of the grid each.
-      predict: tokens to draw.
+      predict: tokens to draw, at least 2.
       requests: texts of a run, whatever the number of streams.
       rounds: that count, after one that warms up.
       prefix: tokens that two prompts share; 0 measures none.
@@ -75,8 +76,9 @@ def measure(servers: Sequence[Server], work: Work) -> Iterator[dict]:
     Cells come in another order each round, and so do servers in each cell; only one run goes on at a time.
 
     Returns:
-      Of a run of a cell: `engine`, `round`, `prompt`, `streams`, `tokens_per_second`; in seconds `first` (to
-      the first text) and `per_token` (mean after the first) of each request and `gaps` between events of a
+      Of a run of a cell: `engine`, `round`, `prompt`, `streams`; `tokens_per_second` of all streams, and
+      `decode_tokens_per_second`, by what a stream takes after its first token; in seconds `first` (to the
+      first text) and `per_token` (mean after the first) of each request and `gaps` between events of a
       request; `events_per_token`, `client_cpu_share`, `server_cores` that were busy, and `texts`. Of a run
       of the prefix: `engine`, `round`, `cold` and `warm` (seconds to the first text), `num_cached`.
 
@@ -129,12 +131,14 @@ def _run(server, work, round_, prompt, streams):
         _check(server, text, work.predict)
     gaps = [after - before for text in texts for before, after in itertools.pairwise(text["times"])]
     num_tokens = work.requests * work.predict
+    per_token = [(text["times"][-1] - text["times"][0]) / (work.predict - 1) for text in texts]
     return dict(
         prompt=prompt,
         streams=streams,
         tokens_per_second=num_tokens / seconds,
+        decode_tokens_per_second=streams / statistics.median(per_token),
         first=[text["times"][0] - text["began"] for text in texts],
-        per_token=[(text["times"][-1] - text["times"][0]) / max(work.predict - 1, 1) for text in texts],
+        per_token=per_token,
         gaps=gaps,
         events_per_token=sum(len(text["times"]) for text in texts) / num_tokens,
         client_cpu_share=answer["cpu_seconds"] / seconds,

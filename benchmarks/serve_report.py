@@ -22,7 +22,8 @@ def summarise(runs) -> dict:
     Returns:
       cells: for each engine, prompt and number of streams, medians over the rounds; percentiles are of the
         requests, and of the gaps between events, of all rounds together.
-      gains: tokens per second at each number of streams over those at the least, the median over rounds.
+      gains: `whole` is tokens per second at each number of streams over those at the least, the median over
+        rounds; `decode` is that of decoding.
       prefix: of each engine, the first text after a prefix that is known over that after a new one.
       against: ours over each other engine's tokens per second, the median over rounds.
     """
@@ -41,12 +42,12 @@ def summarise(runs) -> dict:
 def print_tables(result) -> None:
     """Prints what a run found."""
     print(f"\n{result['model']}, {len(result['cores'])} cores: {result['cpu']}")
-    head = f"{'prompt':>6} {'streams':>7} {'engine':8} {'tokens/s':>9} {'ms/token':>8}"
+    head = f"{'prompt':>6} {'streams':>7} {'engine':8} {'tokens/s':>9} {'decode':>9}"
     widths = "".join(f"{f'{name} p{p}':>10}" for name in ("TTFT", "ITL") for p in _PERCENTILES)
     print(f"{head}{widths} {'client':>7} {'cores':>6}   (ms)")
     for cell in result["cells"]:
         place = f"{cell['prompt']:6} {cell['streams']:7} {cell['engine']:8}"
-        speed = f"{cell['tokens_per_second']:9.1f} {cell['ms_per_token']:8.2f}"
+        speed = f"{cell['tokens_per_second']:9.1f} {cell['decode_tokens_per_second']:9.1f}"
         spread = "".join(
             f"{cell[kind][f'p{p}']:10.1f}" for kind in ("ttft_ms", "itl_ms") for p in _PERCENTILES
         )
@@ -54,14 +55,13 @@ def print_tables(result) -> None:
         print(f"{place} {speed}{spread} {cell['client_cpu_share']:7.1%} {cores}")
     print(f"the client alone: {result['client_alone_tokens_per_second']:,.0f} tokens/s")
     for row in result["gains"]:
-        runs = ", ".join(f"{value:.2f}" for value in row["runs"])
         bar = f"   bar {LEAST_GAIN:g}" if row["streams"] == 16 else ""
         place = f"{row['engine']}, prompts of {row['prompt']}, {row['streams']} streams over {row['over']}"
-        print(f"{place}: {row['gain']:.2f} ({runs}){bar}")
+        print(f"{place}: {row['whole']:.2f} ({_list(row['whole_runs'])}), decode {row['decode']:.2f}{bar}")
     for row in result["prefix"]:
         times = f"new {row['cold_ms']:.1f} ms, known {row['warm_ms']:.1f} ms, {row['share']:.1%}"
-        runs = ", ".join(f"{value:.1%}" for value in row["runs"])
-        print(f"{row['engine']}, prefix of {result['prefix_tokens']}: {times} ({runs})   bar {MOST_WARM:.0%}")
+        place = f"{row['engine']}, prefix of {result['prefix_tokens']}"
+        print(f"{place}: {times} ({_list(row['runs'])})   bar {MOST_WARM:g}")
     for row in result["against"]:
         place = f"ours / {row['engine']}, prompts of {row['prompt']}, {row['streams']} streams"
         print(f"{place}: {row['ratio']:.3f}")
@@ -124,6 +124,7 @@ def _cell(runs):
         streams=first["streams"],
         tokens_per_second=round(median("tokens_per_second"), 2),
         runs=[round(run["tokens_per_second"], 2) for run in runs],
+        decode_tokens_per_second=round(median("decode_tokens_per_second"), 2),
         ms_per_token=round(1e3 * statistics.median(joined("per_token")), 3),
         ttft_ms=_percentiles(joined("first")),
         itl_ms=_percentiles(joined("gaps")),
@@ -138,31 +139,34 @@ def _percentiles(seconds):
     return {f"p{p}": round(float(value), 3) for p, value in zip(_PERCENTILES, values, strict=True)}
 
 
-def _speeds(runs):
-    return {run["round"]: run["tokens_per_second"] for run in runs}
+def _list(values):
+    return ", ".join(f"{value:.2f}" for value in values)
 
 
-def _ratios(runs, others):
-    """Returns the speed of one over that of the other in each round; the last may have only one of them."""
-    ours, theirs = _speeds(runs), _speeds(others)
-    return [round(ours[key] / theirs[key], 4) for key in ours if key in theirs]
+def _ratios(runs, others, key="tokens_per_second"):
+    """Returns the speed of one over that of the other in each round."""
+    theirs = {run["round"]: run[key] for run in others}
+    return [round(run[key] / theirs[run["round"]], 4) for run in runs]
 
 
 def _gains(groups):
     rows, least = [], min((streams for _, _, streams in groups), default=0)
     for (engine, prompt, streams), runs in sorted(groups.items()):
-        ratios = _ratios(runs, groups.get((engine, prompt, least), []))
-        if streams != least and ratios:
-            place = dict(engine=engine, prompt=prompt, streams=streams, over=least)
-            rows.append(place | dict(gain=statistics.median(ratios), runs=ratios))
+        if streams == least:
+            continue
+        others = groups[engine, prompt, least]
+        whole, decode = _ratios(runs, others), _ratios(runs, others, "decode_tokens_per_second")
+        medians = dict(whole=statistics.median(whole), decode=statistics.median(decode))
+        place = dict(engine=engine, prompt=prompt, streams=streams, over=least)
+        rows.append(place | medians | dict(whole_runs=whole, decode_runs=decode))
     return rows
 
 
 def _against(groups):
     rows = []
     for (engine, prompt, streams), runs in sorted(groups.items()):
-        ratios = _ratios(groups.get((OURS, prompt, streams), []), runs)
-        if engine != OURS and ratios:
+        if engine != OURS:
+            ratios = _ratios(groups[OURS, prompt, streams], runs)
             place = dict(engine=engine, prompt=prompt, streams=streams)
             rows.append(place | dict(ratio=statistics.median(ratios), runs=ratios))
     return rows

@@ -22,7 +22,7 @@ def serve(values):
     settings = _settings(values)
     sampling, max_tokens = loading.sampling_params(values), None if values.predict < 0 else values.predict
     template, kwargs = _template(values), _template_kwargs(values)
-    bound = server.bind(values.host, values.port)
+    bound = _bind(values)
     try:
         settings |= _hosts(values, bound, settings["api_keys"])
         model = loading.load(
@@ -50,7 +50,7 @@ def serve(values):
             ),
         )
         address = server.url(bound, is_secure=values.ssl_cert_file is not None)
-        server.run(
+        has_ended = server.run(
             service,
             bound,
             drain_seconds=values.drain_seconds,
@@ -61,6 +61,9 @@ def serve(values):
         )
     finally:
         bound.close()
+    if not has_ended:
+        loading.tell("the engine stands still and is left behind")
+        os._exit(1)
     loading.tell("every request has been answered or cut off; goodbye")
 
 
@@ -124,6 +127,15 @@ def _keys(values):
     if any(len(key) < _MIN_KEY_CHARS_TOLD for key in keys):
         loading.tell(f"an API key has fewer than {_MIN_KEY_CHARS_TOLD} characters and can be guessed")
     return tuple(dict.fromkeys(keys))
+
+
+def _bind(values):
+    try:
+        return server.bind(values.host, values.port)
+    except OSError as error:
+        raise UsageError(
+            f"--host {values.host} --port {values.port} cannot be listened at: {error.strerror}."
+        ) from None
 
 
 def _hosts(values, bound, keys):

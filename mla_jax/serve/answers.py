@@ -38,6 +38,11 @@ class Answers:
         self._seconds, self._open = seconds, set()
         self.tickets: list[Any] = []
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether more has been drawn than `pieces` has yielded."""
+        return not self._events.empty()
+
     def submit(self, requests: Sequence[Request]) -> None:
         """Hands all requests to the engine, or none.
 

@@ -2,22 +2,20 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from mla_jax.serve import json_body
 from mla_jax.serve.api_error import ApiError
 
 _Result = TypeVar("_Result")
 
 
-async def read_object(request: Request, *, max_bytes: int, seconds: float) -> dict[str, Any]:
-    """Returns the JSON object that a request has as its body.
+async def read_bytes(request: Request, *, max_bytes: int, seconds: float) -> bytes:
+    """Returns the body of a request.
 
     Raises:
-      ApiError: 413 if it is longer than `max_bytes`, 408 if it takes longer than `seconds` to come, 400 if it
-        is no such object.
+      ApiError: 413 if it is longer than `max_bytes`, 408 if it takes longer than `seconds` to come.
       ClientDisconnect: the client left.
     """
     declared = request.headers.get("content-length", "")
@@ -33,7 +31,7 @@ async def read_object(request: Request, *, max_bytes: int, seconds: float) -> di
     except TimeoutError:
         message = f"the body must come within {seconds:g} seconds."
         raise ApiError(message, status=408, code="request_timeout") from None
-    return json_body.parse(bytes(body))
+    return bytes(body)
 
 
 async def while_connected(request: Request, work: Callable[[], Awaitable[_Result]]) -> _Result:

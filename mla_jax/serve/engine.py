@@ -5,6 +5,7 @@ steps: the others leave what they want in a queue, which is emptied between two 
 """
 
 import concurrent.futures
+import dataclasses
 import itertools
 import queue
 import threading
@@ -14,9 +15,10 @@ from collections.abc import Callable, Iterator
 from mla_jax import expert_reduction as reduction_lib
 from mla_jax.completion import Piece
 from mla_jax.expert_reduction import Setting
+from mla_jax.serve import request as request_lib
 from mla_jax.serve.device import Device
 from mla_jax.serve.loop import Loop
-from mla_jax.serve.request import MAX_BIASED, MAX_LOGPROBS, Draining, Failure, QueueFull, Request
+from mla_jax.serve.request import Draining, Failure, QueueFull, Request
 from mla_jax.serve.scheduler import Kept, Scheduler, Slot
 from mla_jax.serve.stats import EngineStats, SlotInfo
 from mla_jax.serve.text import TextStream
@@ -29,6 +31,7 @@ class Engine:
 
     Attributes:
       ctx_size: tokens that the pool holds, and a request at most.
+      expert_reduction: (Kmin, t) of each layer for requests that do not say.
     """
 
     def __init__(
@@ -58,29 +61,20 @@ class Engine:
           max_waiting: requests that may wait; None for any number.
           max_waiting_tokens: tokens that their prompts may have together; None for any number.
         """
-        self.ctx_size = ctx_size
+        self.ctx_size, self.expert_reduction = ctx_size, expert_reduction
         self._device, self._tokenizer = device, tokenizer
 
         def new_scheduler():
             sizes = dict(num_pages=device.num_pages, page_size=device.page_size, widths=device.widths)
             return Scheduler(num_slots=num_slots, prefix_limit=prefix_pages, keep_drawn=keep_drawn, **sizes)
 
-        self._loop = Loop(device, new_scheduler, tokenizer.eog_ids, expert_reduction)
+        self._loop = Loop(device, new_scheduler, tokenizer.eog_ids)
         self._limits = max_waiting, max_waiting_tokens
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock, self._ids = threading.Lock(), itertools.count()
         self._taken = self._taken_tokens = self._rejected = 0
         self._is_draining = self._is_stopping = False
         self._thread: threading.Thread | None = None
-
-    @property
-    def expert_reduction(self) -> tuple[Setting, ...]:
-        """(Kmin, t) of each layer for requests that do not say."""
-        return self._loop.expert_reduction
-
-    @expert_reduction.setter
-    def expert_reduction(self, settings: tuple[Setting, ...]) -> None:
-        self._loop.expert_reduction = settings
 
     def submit(self, request: Request, listener: Listener) -> Ticket:
         """Takes a request; any thread may call this.
@@ -95,12 +89,14 @@ class Engine:
           QueueFull: if too many wait.
           Draining: if the engine is about to stop.
         """
-        self._check(request)
+        request_lib.check(request, ctx_size=self.ctx_size, vocab_size=self._device.vocab_size)
+        settings = request.expert_reduction or self.expert_reduction
+        request = dataclasses.replace(request, expert_reduction=settings)
         num_prompt = len(request.prompt)
         room = self.ctx_size - num_prompt + 1  # the last token that is drawn needs no row
         ticket = Ticket(
             request=request,
-            root=_root(request.salt, request.expert_reduction or self.expert_reduction),
+            root=_root(request.salt, settings),
             tokens=list(request.prompt),
             limit=num_prompt + min(request.max_tokens or room, room),
             id=next(self._ids),
@@ -113,6 +109,8 @@ class Engine:
             if self._is_draining:
                 raise Draining("the engine takes no more requests: it is about to stop.")
             self._refuse_if_full(num_prompt)
+            if not self._is_busy():
+                self._loop.stepped = time.monotonic()  # until now there was nothing to do
             self._taken, self._taken_tokens = self._taken + 1, self._taken_tokens + num_prompt
             self._inbox.put(lambda: self._loop.scheduler.submit(ticket))
         return ticket
@@ -147,9 +145,13 @@ class Engine:
 
     def stop(self) -> None:
         """Ends the thread after its current step."""
+        if self._thread is None:
+            return
         self._inbox.put(lambda: setattr(self, "_is_stopping", True))
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
+        with self._lock:
+            self._thread, self._is_stopping = None, False
+        self._receive()
 
     def warm_up(self, progress: Callable[[int, int, str], None]) -> None:
         """Compiles every program that requests can need; calls `progress(done, all, what comes now)`."""
@@ -242,14 +244,18 @@ class Engine:
             larger context.
           OSError: if the file cannot be read.
         """
-        layers, tokens = self._device.load(path, reduction_lib.describe(self.expert_reduction))
+        settings = self.expert_reduction
+        layers, tokens = self._device.load(path, reduction_lib.describe(settings))
 
         def keep():
-            root = _root(salt, self.expert_reduction)
             if cancels and (running := self._slot(slot).job) is not None:
                 self._loop.cancel(running)
-            pages = self._loop.scheduler.keep(self._idle(slot), tokens, root)
-            self._device.put(pages, layers)
+            scheduler, idle = self._loop.scheduler, self._idle(slot)
+            try:
+                self._device.put(scheduler.keep(idle, tokens, _root(salt, settings)), layers)
+            except Exception:
+                scheduler.erase(idle)
+                raise
 
         if len(tokens) > self.ctx_size:
             raise ValueError(
@@ -278,28 +284,6 @@ class Engine:
         scheduler = self._loop.scheduler
         return bool(self._num_waiting or scheduler.running or scheduler.waiting)
 
-    def _check(self, request):
-        prompt, size = request.prompt, self._device.vocab_size
-        if not prompt:
-            raise ValueError("the prompt must hold at least one token, got none.")
-        if len(prompt) > self.ctx_size:
-            raise ValueError(
-                f"the prompt must fit the context of {self.ctx_size} tokens, got {len(prompt)} tokens."
-            )
-        for position, token in enumerate(prompt):
-            if not 0 <= token < size:
-                raise ValueError(f"token ids must be in [0, {size}), got {token} at position {position}.")
-        limits = {
-            "max_tokens": (request.max_tokens, 1, self._device.num_pages * self._device.page_size),
-            "num_logprobs": (request.num_logprobs, 0, MAX_LOGPROBS),
-            "the number of biased tokens": (len(request.logit_bias), 0, MAX_BIASED),
-        }
-        for name, (value, low, high) in limits.items():
-            if value is not None and not (low <= value and (value <= high or name == "max_tokens")):
-                raise ValueError(f"{name} must be in [{low}, {high}], got {value}.")
-        if request.sampling.seed is None:
-            raise ValueError("seed must be chosen before a request is submitted, got None.")
-
     def _refuse_if_full(self, num_prompt):
         max_waiting, max_tokens = self._limits
         has_room = max_waiting is None or self._num_waiting < max_waiting
@@ -322,9 +306,6 @@ class Engine:
 
     def _call(self, function):
         """Runs a function between two steps, and returns what it does."""
-        if self._thread is None:
-            self._receive()
-            return function()
         future = concurrent.futures.Future()
 
         def run():
@@ -333,7 +314,11 @@ class Engine:
             except Exception as error:
                 future.set_exception(error)
 
-        self._inbox.put(run)
+        with self._lock:
+            self._inbox.put(run)
+            is_own = self._thread is None
+        if is_own:
+            self._receive()
         return future.result()
 
     def _read(self, ticket, pieces):

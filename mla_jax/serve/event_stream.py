@@ -39,14 +39,20 @@ class EventStream(StreamingResponse):
 
 
 async def _events(values, answers, has_done):
+    ready = b""
     try:
         async for value in values:
-            yield _event(value)
+            ready += _event(value)
+            if not answers.is_ahead:  # else there is more to be sent with it
+                yield ready
+                ready = b""
     except ApiError as error:
         answers.close()
-        yield _event(error.body())
+        ready += _event(error.body())
     if has_done:
-        yield DONE
+        ready += DONE
+    if ready:
+        yield ready
 
 
 def _event(value):

@@ -19,8 +19,9 @@ _STOP_TYPES = {"length": "limit", "cancel": "none"}
 async def completion(request: Request) -> Response:
     """Answers a `POST /completion`."""
     service = service_of(request)
-    asked = bodies.completion(
-        await read_body(request), service.settings.sampling, service.settings.max_tokens
+    settings = service.settings
+    asked = await read_body(
+        request, lambda body: bodies.completion(body, settings.sampling, settings.max_tokens)
     )
     salt = salt_of_request(request)
     return await while_connected(request, lambda: _complete(service, asked, salt))

@@ -12,7 +12,6 @@ from absl import logging
 
 from mla_jax import steps
 from mla_jax.completion import Logprobs, Piece
-from mla_jax.expert_reduction import Setting
 from mla_jax.serve.device import Device, Row
 from mla_jax.serve.request import Failure
 from mla_jax.serve.scheduler import Plan, Scheduler
@@ -26,7 +25,6 @@ class Loop:
 
     Attributes:
       scheduler: who runs on which pages.
-      expert_reduction: (Kmin, t) of each layer for requests that do not say.
       counts: of requests, tokens and steps, by their names in `EngineStats`.
       finished: requests by reason.
       stepped: when the last step ended, by `time.monotonic`.
@@ -37,9 +35,8 @@ class Loop:
         device: Device,
         new_scheduler: Callable[[], Scheduler],
         eog_ids: frozenset[int],
-        expert_reduction: tuple[Setting, ...],
     ):
-        self.scheduler, self.expert_reduction = new_scheduler(), expert_reduction
+        self.scheduler = new_scheduler()
         self.counts: collections.Counter[str] = collections.Counter()
         self.finished: collections.Counter[str] = collections.Counter()
         self.stepped = time.monotonic()
@@ -98,7 +95,7 @@ class Loop:
         for piece in plan.prefill:
             self._at_work = [piece.job]
             pages = self.scheduler.table.pages(piece.job.pages)
-            reduction = self._reduction(piece.job)
+            reduction = piece.job.request.expert_reduction
             self._device.prefill(piece.tokens, piece.width, piece.start, pages, reduction)
             self.scheduler.wrote(piece)
         for group in self._groups(ticket for ticket in plan.decode if not ticket.is_constrained):
@@ -141,12 +138,9 @@ class Loop:
         for ticket, pair in zip(drawing, drawn, strict=True):
             self._tell(ticket, [pair], began)
 
-    def _reduction(self, ticket):
-        return ticket.request.expert_reduction or self.expert_reduction
-
     def _row(self, ticket, **more):
         pages = self.scheduler.table.pages(ticket.pages)
-        sampling, reduction = ticket.request.sampling, self._reduction(ticket)
+        sampling, reduction = ticket.request.sampling, ticket.request.expert_reduction
         return Row(tokens=ticket.tokens, pages=pages, sampling=sampling, reduction=reduction, **more)
 
     def _constrained_row(self, ticket):
@@ -202,7 +196,7 @@ class Loop:
                 self._fail(ticket, error)
 
     def _recover(self, error):
-        """Ends those who were at work, with lost rows all that run, and after a bad plan those who wait too."""
+        """Ends those who were at work; where rows were lost, all that run; after a bad plan, all."""
         if self._at_work is None:
             self.fail_all(error)
         else:

@@ -27,7 +27,8 @@ _FIELD = re.compile(r"(?:messages|tools|chat_template_kwargs)\b[\w\[\].]*")
 async def chat_completions(request: Request) -> Response:
     """Answers a `POST /v1/chat/completions`."""
     service = service_of(request)
-    asked = bodies.chat(await read_body(request), service.settings.sampling, service.settings.max_tokens)
+    settings = service.settings
+    asked = await read_body(request, lambda body: bodies.chat(body, settings.sampling, settings.max_tokens))
     salt = salt_of_request(request)
     return await while_connected(request, lambda: _complete(service, asked, salt))
 
@@ -35,7 +36,7 @@ async def chat_completions(request: Request) -> Response:
 async def apply_template(request: Request) -> Response:
     """Answers a `POST /apply-template`: the prompt that a conversation becomes."""
     service = service_of(request)
-    fields = schema.read(bodies.TEMPLATE_TABLE, await read_body(request))
+    fields = await read_body(request, lambda body: schema.read(bodies.TEMPLATE_TABLE, body))
     messages = bodies.required(fields, "messages")
     vocabulary = service.model.tokenizer.vocabulary
     text = lambda token: "" if token is None else vocabulary.tokens[token]

@@ -22,7 +22,8 @@ from mla_jax.serve.service import Service
 async def completions(request: Request) -> Response:
     """Answers a `POST /v1/completions`."""
     service = service_of(request)
-    asked = bodies.text(await read_body(request), service.settings.sampling, service.settings.max_tokens)
+    settings = service.settings
+    asked = await read_body(request, lambda body: bodies.text(body, settings.sampling, settings.max_tokens))
     salt = salt_of_request(request)
     return await while_connected(request, lambda: _complete(service, asked, salt))
 

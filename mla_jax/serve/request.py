@@ -9,7 +9,19 @@ from mla_jax.expert_reduction import Setting
 from mla_jax.logits import MAX_BIASED, MAX_LOGPROBS
 from mla_jax.sampler import SamplingParams
 
-__all__ = ["MAX_BIASED", "MAX_LOGPROBS", "Draining", "Failure", "Grammar", "Matcher", "QueueFull", "Request"]
+__all__ = [
+    "MAX_BIASED",
+    "MAX_LOGPROBS",
+    "Draining",
+    "Failure",
+    "Grammar",
+    "Matcher",
+    "QueueFull",
+    "Request",
+    "check",
+]
+
+_MAX_BIAS = 1e30  # finite in float32, and so is its sum with a logit
 
 
 class Matcher(Protocol):
@@ -69,6 +81,39 @@ class Failure:
 
     message: str
     error: BaseException
+
+
+def check(request: Request, *, ctx_size: int, vocab_size: int) -> None:
+    """Refuses what could never run, or could hurt others.
+
+    Raises:
+      ValueError: if a field is out of range.
+    """
+    if not request.prompt:
+        raise ValueError("the prompt must hold at least one token, got none.")
+    if len(request.prompt) > ctx_size:
+        raise ValueError(
+            f"the prompt must fit the context of {ctx_size} tokens, got {len(request.prompt)} tokens."
+        )
+    for position, token in enumerate(request.prompt):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"token ids must be in [0, {vocab_size}), got {token} at position {position}.")
+    if request.max_tokens is not None and request.max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {request.max_tokens}.")
+    if request.num_logprobs is not None and not 0 <= request.num_logprobs <= MAX_LOGPROBS:
+        raise ValueError(f"num_logprobs must be in [0, {MAX_LOGPROBS}], got {request.num_logprobs}.")
+    if len(request.logit_bias) > MAX_BIASED:
+        raise ValueError(f"logit_bias must be of at most {MAX_BIASED} tokens, got {len(request.logit_bias)}.")
+    for token, bias in request.logit_bias:
+        if not 0 <= token < vocab_size or not abs(bias) <= _MAX_BIAS:
+            raise ValueError(
+                f"logit_bias must be of token ids in [0, {vocab_size}) by at most {_MAX_BIAS:g}, "
+                f"got {token} by {bias}."
+            )
+    if "" in request.stop:
+        raise ValueError("stop must be of texts that are not empty, got an empty one.")
+    if request.sampling.seed is None:
+        raise ValueError("seed must be chosen before a request is submitted, got None.")
 
 
 class QueueFull(Exception):

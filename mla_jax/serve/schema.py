@@ -114,7 +114,12 @@ class ListOf:
         """Returns the values."""
         if not isinstance(value, list) or not self.min_count <= len(value) <= self.max_count:
             raise invalid(name, f"a list of {self.min_count} to {self.max_count} values", value)
-        return tuple(self.kind.read(entry, f"{name}[{index}]") for index, entry in enumerate(value))
+        try:
+            return tuple([self.kind.read(entry, name) for entry in value])
+        except ApiError:  # now the name of each is worth its time
+            for index, entry in enumerate(value):
+                self.kind.read(entry, f"{name}[{index}]")
+            raise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import Callable
 
 import uvicorn
@@ -55,7 +56,7 @@ def run(
     num_threads: int = 8,
     ssl_certificate: str | None = None,
     ssl_key: str | None = None,
-) -> None:
+) -> bool:
     """Serves until a signal asks for the end, and returns when every request has been answered or cut off.
 
     At the first SIGTERM or SIGINT new requests get 503 and the others may go on for a while; at the second
@@ -69,6 +70,9 @@ def run(
       num_threads: that read prompts and write templates.
       ssl_certificate: file of the certificate in PEM, None for plain HTTP.
       ssl_key: file of its key.
+
+    Returns:
+      Whether the engine has ended as well; if not, it stands still, and its thread with it.
     """
     protocol = type("_Connection", (Connection,), {"send_seconds": service.settings.send_seconds})
     config = uvicorn.Config(
@@ -92,7 +96,10 @@ def run(
     try:
         _Server(config, service, drain_seconds, num_threads, started).run(sockets=[bound])
     finally:
-        service.engine.stop()
+        stopper = threading.Thread(target=service.engine.stop, daemon=True)
+        stopper.start()
+        stopper.join(_FLUSH_SECONDS)
+    return not stopper.is_alive()
 
 
 class _Server(uvicorn.Server):
@@ -124,7 +131,6 @@ class _Server(uvicorn.Server):
         self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self):
-        try:
-            await to_thread.run_sync(self._service.engine.drain, self._drain_seconds)
-        finally:
-            self.should_exit = True
+        drained = asyncio.ensure_future(to_thread.run_sync(self._service.engine.drain, self._drain_seconds))
+        await asyncio.wait({drained}, timeout=self._drain_seconds + _FLUSH_SECONDS)
+        self.should_exit = True

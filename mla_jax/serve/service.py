@@ -118,7 +118,7 @@ class Service:
 
     def checked(self, ids: Sequence[int], name: str) -> tuple[int, ...]:
         """Returns `ids` of the field called `name`; errors as for `encode`."""
-        size, num_ids = self.model.config.vocab_size, len(ids)
+        num_ids = len(ids)
         if num_ids == 0:
             raise ApiError(f"{name} must hold at least one token, got none.", param=name)
         if num_ids > self.model.ctx_size:
@@ -127,6 +127,11 @@ class Service:
                 param=name,
                 code="context_length_exceeded",
             )
+        return self.checked_ids(ids, name)
+
+    def checked_ids(self, ids: Sequence[int], name: str) -> tuple[int, ...]:
+        """Returns `ids` of the field called `name`. Raises ApiError for one out of range."""
+        size = self.model.config.vocab_size
         for position, token in enumerate(ids):
             if not 0 <= token < size:
                 raise ApiError(

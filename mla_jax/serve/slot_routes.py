@@ -40,8 +40,8 @@ async def act(request: Request) -> Response:
     if not 0 <= slot < service.engine.stats().num_slots:
         most = service.engine.stats().num_slots
         raise ApiError(f"the slot must be in [0, {most}), got {slot}.", status=404, param="id_slot")
-    body, salt = await read_body(request) if action != "erase" else {}, salt_of_request(request)
-    name = None if action == "erase" else _name(body)
+    salt = salt_of_request(request)
+    name = None if action == "erase" else await read_body(request, _name)
     if name is not None and service.settings.slot_folder is None:
         raise ApiError("the server must be started with --slot-save-path to keep slots in files.", status=501)
     work = lambda: to_thread.run_sync(actions[action], service, slot, name, salt)

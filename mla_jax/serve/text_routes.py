@@ -12,36 +12,33 @@ from mla_jax.serve.routing import read_body, service_of
 
 async def tokenize(request: Request) -> Response:
     """Answers a `POST /tokenize`."""
-    fields = schema.read(bodies.TOKENIZE_TABLE, await read_body(request))
-    text, tokenizer = bodies.required(fields, "content"), service_of(request).model.tokenizer
-    encode = lambda: _encode(
-        tokenizer, text, fields.get("add_special", False), fields.get("parse_special", True)
-    )
-    ids = await while_connected(request, lambda: to_thread.run_sync(encode))
-    if not fields.get("with_pieces", False):
-        return JSONResponse({"tokens": ids})
-    return JSONResponse({"tokens": [{"id": token, "piece": _piece(tokenizer, token)} for token in ids]})
+    fields = await read_body(request, lambda body: schema.read(bodies.TOKENIZE_TABLE, body))
+    bodies.required(fields, "content")
+    work = lambda: _tokenize(service_of(request).model.tokenizer, **fields)
+    return await while_connected(request, lambda: to_thread.run_sync(work))
 
 
 async def detokenize(request: Request) -> Response:
     """Answers a `POST /detokenize`."""
-    fields = schema.read(bodies.DETOKENIZE_TABLE, await read_body(request))
-    ids, model = bodies.required(fields, "tokens"), service_of(request).model
-    size = model.config.vocab_size
-    for position, token in enumerate(ids):
-        if token >= size:
-            raise ApiError(
-                f"token ids must be in [0, {size}), got {token} at position {position}.", param="tokens"
-            )
-    decode = lambda: model.tokenizer.decode(ids, skip_special=False)
-    return JSONResponse({"content": await while_connected(request, lambda: to_thread.run_sync(decode))})
+    fields = await read_body(request, lambda body: schema.read(bodies.DETOKENIZE_TABLE, body))
+    ids = bodies.required(fields, "tokens")
+    work = lambda: _detokenize(service_of(request), ids)
+    return await while_connected(request, lambda: to_thread.run_sync(work))
 
 
-def _encode(tokenizer, text, add_special, parse_special):
+def _tokenize(tokenizer, content, add_special=False, parse_special=True, with_pieces=False):
     try:
-        return tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
+        ids = tokenizer.encode(content, add_special=add_special, parse_special=parse_special)
     except ValueError as error:
         raise ApiError(str(error), param="content") from None
+    if with_pieces:
+        ids = [{"id": token, "piece": _piece(tokenizer, token)} for token in ids]
+    return JSONResponse({"tokens": ids})
+
+
+def _detokenize(service, ids):
+    ids = service.checked_ids(ids, "tokens")
+    return JSONResponse({"content": service.model.tokenizer.decode(ids, skip_special=False)})
 
 
 def _piece(tokenizer, token):

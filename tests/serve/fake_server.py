@@ -1,7 +1,9 @@
 """Run as a process: the real server over an engine by script. Its argument is JSON; it prints its address."""
 
 import json
+import os
 import sys
+import time
 
 from fake_engine import fake_model
 
@@ -18,7 +20,10 @@ def main():
     service = Service(model, Settings(alias="toy", file_name="toy.gguf", **told.get("settings", {})))
     bound = server.bind("127.0.0.1", 0)
     started = lambda: print(server.url(bound), flush=True)
-    server.run(service, bound, drain_seconds=told.get("drain_seconds", 5.0), started=started)
+    if told.get("is_wedged"):
+        model.engine.drain = model.engine.stop = lambda *args: time.sleep(3600)
+    if not server.run(service, bound, drain_seconds=told.get("drain_seconds", 5.0), started=started):
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -163,13 +163,12 @@ def test_tools_are_told_and_need_not_be_called(client):
     plain, with_tool = ask(client), ask(client, tools=[tool])
     assert with_tool.usage.prompt_tokens > plain.usage.prompt_tokens
     assert with_tool.choices[0].message.tool_calls is None
+    call = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
     history = [
         *MESSAGES,
-        {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": {"name": "now"}}]},
+        {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "a", "content": "noon"},
     ]
-    for message in history[1:2]:
-        message["tool_calls"][0]["function"]["arguments"] = "{}"
     assert ask(client, messages=history, tools=[tool]).choices[0].finish_reason
 
 

@@ -23,9 +23,8 @@ class Broken(Exception):
     """What a planned fault raises."""
 
 
-def make_job(prompt, max_tokens, *, seed=0, root="a", reuse_prefix=True):
-    sampling = SamplingParams(seed=seed)
-    request = Request(prompt=tuple(prompt), sampling=sampling, reuse_prefix=reuse_prefix)
+def make_job(prompt, max_tokens, *, seed=0, root="a", **about):
+    request = Request(prompt=tuple(prompt), sampling=SamplingParams(seed=seed), **about)
     return Job(request=request, root=root, tokens=list(prompt), limit=len(prompt) + max_tokens)
 
 
@@ -57,17 +56,28 @@ class Bench:
             self._carry_out(plan, enter)
         except Broken:
             for job in at_work:
-                self.scheduler.discard(job)
+                self.discard(job)
             self.scheduler.settle()
         return plan
+
+    def discard(self, job):
+        """Has the scheduler discard a job, whose rows nobody may find from then on."""
+        table = self.scheduler.table
+        pages = set() if job.pages is None else set(table.pages(job.pages))
+        self.scheduler.discard(job)
+        kept = [slot.kept.pages for slot in self.scheduler.slots if slot.kept]
+        for found in [self.scheduler.prefix._pages.values(), *map(table.pages, kept)]:
+            assert not pages.intersection(found)
 
     def check(self):
         check_pages(self.scheduler)
         pool, table = self.device.pool.reshape(-1, 3), self.scheduler.table
         owned = [(job.pages, job.tokens[: job.num_rows], job.root) for job in self.scheduler.running]
         kept = [slot.kept for slot in self.scheduler.slots if slot.kept]
+        for job in self.scheduler.running:
+            assert table.length(job.pages) == max(job.num_rows, job.num_prompt - 1)
+        assert all(len(it.tokens) == table.length(it.pages) for it in kept)
         for name, tokens, root in [*owned, *((it.pages, it.tokens, it.root) for it in kept)]:
-            assert len(tokens) <= table.length(name)
             slots = np.arange(len(tokens))
             places = np.asarray(table.pages(name), int)[slots // PAGE_SIZE] * PAGE_SIZE + slots % PAGE_SIZE
             assert np.array_equal(pool[places], rows_of(tokens, root))
@@ -107,17 +117,19 @@ class Bench:
             self.device.prefill(piece.tokens, piece.width, piece.start, pages, piece.job.root)
             self.learn(piece.job.tokens[: piece.job.num_prompt - 1], piece.job.root)
             self.scheduler.wrote(piece)
-        if plan.decode:
-            enter("decode", plan.decode)
-            self._decode(plan)
+        for group, num_steps in ((False, plan.num_steps), (True, 1)):
+            jobs = [job for job in plan.decode if (job.request.num_logprobs is not None) == group]
+            if jobs:
+                enter("decode", jobs)
+                self._decode(jobs, num_steps)
 
-    def _decode(self, plan):
+    def _decode(self, jobs, num_steps):
         rows = []
-        for job in plan.decode:
-            self._owns(job, job.num_rows, min(plan.num_steps, job.limit - len(job.tokens)))
+        for job in jobs:
+            self._owns(job, job.num_rows, min(num_steps, job.limit - len(job.tokens)))
             row = dict(tokens=job.tokens, pages=self.scheduler.table.pages(job.pages), reduction=job.root)
             rows.append(Row(sampling=job.request.sampling, **row))
-        for job, drawn in zip(plan.decode, self.device.decode(rows, plan.num_steps), strict=True):
+        for job, drawn in zip(jobs, self.device.decode(rows, num_steps), strict=True):
             job.tokens += drawn[: job.limit - len(job.tokens)]
             self.scheduler.drew(job)
             self.learn(job.tokens[: job.num_rows], job.root)
@@ -156,6 +168,7 @@ class Requests(stateful.RuleBasedStateMachine):
         seed=st.integers(0, 2),
         root=st.sampled_from("aab"),
         reuse_prefix=st.sampled_from([True, True, True, False]),
+        num_logprobs=st.sampled_from([None, None, 0]),
     )
     def submit(self, length, changed, max_tokens, **about):
         prompt = [7 + i % 3 for i in range(length)]
@@ -194,7 +207,7 @@ class Requests(stateful.RuleBasedStateMachine):
     def give_up(self, data, how):
         scheduler = self.bench.scheduler
         job = data.draw(st.sampled_from([*scheduler.running, *scheduler.waiting]))
-        getattr(scheduler, how)(job)
+        self.bench.discard(job) if how == "discard" else scheduler.finish(job)
 
     @stateful.precondition(lambda self: any(slot.kept for slot in self.bench.scheduler.slots))
     @stateful.rule(data=st.data())

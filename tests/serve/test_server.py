@@ -23,7 +23,7 @@ LONG = "one two three four five six seven eight nine ten " * 40
 SCRIPT = pathlib.Path(__file__).parent / "fake_server.py"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start():
     """Returns a function that starts a server: (process, address)."""
     with contextlib.ExitStack() as stack:
@@ -41,6 +41,12 @@ def start():
             return process, process.stdout.readline().strip()
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def strict(start):
+    """A server that waits for nobody: (process, address)."""
+    return start(head_seconds=0.5, settings={"body_seconds": 0.5})
 
 
 def metric(url, name):
@@ -84,8 +90,8 @@ def memory(process):
     return 1024 * int(status.split("VmRSS:")[1].split()[0])
 
 
-def test_bodies_and_heads_have_limits(start):
-    process, url = start(head_seconds=0.5, settings={"body_seconds": 0.5})
+def test_bodies_and_heads_have_limits(strict):
+    process, url = strict
     before = memory(process)
     huge = b'{"messages": "' + b"a" * (10 << 20)
     answers = {
@@ -115,8 +121,8 @@ def test_bodies_and_heads_have_limits(start):
     assert httpx.post(url + CHAT, json=BODY).status_code == 200
 
 
-def test_an_endless_body_is_cut_off(start):
-    process, url = start()
+def test_an_endless_body_is_cut_off(strict):
+    process, url = strict
     before = memory(process)
     with connect(url) as sock:
         sock.sendall(
@@ -132,8 +138,8 @@ def test_an_endless_body_is_cut_off(start):
 @pytest.mark.parametrize(
     "head", [b"GET /health HT", b"", post(b"{", length=100)], ids=["head", "nothing", "body"]
 )
-def test_a_slow_client_is_cut_off(start, head):
-    _, url = start(head_seconds=0.4, settings={"body_seconds": 0.4})
+def test_a_slow_client_is_cut_off(strict, head):
+    _, url = strict
     with connect(url) as sock:
         sock.sendall(head)
         began, sent = time.monotonic(), 0
@@ -215,10 +221,14 @@ def test_overload_is_answered_by_429_alone(start):
     wanted = httpx.post(url + CHAT, json=BODY).json()["choices"][0]["message"]
 
     def ask(_):
-        answer = httpx.post(url + CHAT, json=BODY, timeout=30)
+        answer = client.post(url + CHAT, json=BODY)
         return answer.status_code, answer.json(), answer.headers.get("retry-after")
 
-    with concurrent.futures.ThreadPoolExecutor(200) as pool:
+    limits = httpx.Limits(max_connections=None)
+    with (
+        httpx.Client(limits=limits, timeout=30) as client,
+        concurrent.futures.ThreadPoolExecutor(200) as pool,
+    ):
         answers = list(pool.map(ask, range(400)))
     for status, body, retry_after in answers:
         assert status in (200, 429, 503)
@@ -291,6 +301,14 @@ def test_a_second_signal_ends_it_now(start):
 def _try(url, found):
     with contextlib.suppress(httpx.HTTPError):
         _stream(url, found)
+
+
+def test_an_engine_that_stands_still_is_left_behind(start):
+    process, _ = start(is_wedged=True, drain_seconds=0.2)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 1
+    assert time.monotonic() - began < 5
 
 
 def test_nothing_of_prompts_or_keys_is_logged(start):
