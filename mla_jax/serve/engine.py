@@ -131,6 +131,7 @@ class Engine:
 
     def start(self) -> None:
         """Has a thread take the steps from now on."""
+        self._loop.logs_failures = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 

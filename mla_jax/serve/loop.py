@@ -28,6 +28,7 @@ class Loop:
       counts: of requests, tokens and steps, by their names in `EngineStats`.
       finished: requests by reason.
       stepped: when the last step ended, by `time.monotonic`.
+      logs_failures: whether failures are logged; without it they reach nobody but their listeners.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Loop:
         self.scheduler = new_scheduler()
         self.counts: collections.Counter[str] = collections.Counter()
         self.finished: collections.Counter[str] = collections.Counter()
-        self.stepped = time.monotonic()
+        self.stepped, self.logs_failures = time.monotonic(), False
         self._device, self._new_scheduler, self._eog_ids = device, new_scheduler, eog_ids
         self._seconds_per_step = 0.0
         self._at_work: Sequence[Ticket] | None = None  # whose call may have failed; None while planning
@@ -53,7 +54,7 @@ class Loop:
                 return False
             self._execute(plan)
         except Exception as error:
-            logging.exception("a step failed")
+            self._log("a step failed")
             self._recover(error)
             return bool(self.scheduler.running or self.scheduler.waiting)
         except BaseException as error:  # an interrupt
@@ -191,9 +192,13 @@ class Loop:
         try:
             yield
         except Exception as error:
-            logging.exception("request %d failed", ticket.id)
+            self._log(f"request {ticket.id} failed")
             if not ticket.has_ended:
                 self._fail(ticket, error)
+
+    def _log(self, what):
+        if self.logs_failures:
+            logging.exception(what)
 
     def _recover(self, error):
         """Ends those who were at work; where rows were lost, all that run; after a bad plan, all."""

@@ -15,11 +15,11 @@ import mla_jax
 from checkpoints_tools.ggml_types import IDS
 from checkpoints_tools.gguf_file import open_gguf
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
-from mla_jax import generate, steps
+from mla_jax import cache, generate, steps
 from mla_jax.cli import app, commands
 
-COMMANDS = ("generate", "chat", "inspect", "plan", "check", "quantize", "convert", "split", "merge", "diff")
-COMMANDS += ("ser-sweep", "autotune", "train")
+COMMANDS = ("generate", "chat", "serve", "llama-server", "inspect", "plan", "check", "quantize", "convert")
+COMMANDS += ("split", "merge", "diff", "ser-sweep", "autotune", "train")
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +166,9 @@ def test_a_chat_of_two_turns_keeps_what_it_computed(run, path, monkeypatch):
     prefilled = []
     original = steps.prefill
 
-    def spy(params, tokens, num_tokens, cache, **settings):
+    def spy(params, tokens, num_tokens, cache, *more, **settings):
         prefilled.append((int(cache.length[0]), int(num_tokens[0])))
-        return original(params, tokens, num_tokens, cache, **settings)
+        return original(params, tokens, num_tokens, cache, *more, **settings)
 
     monkeypatch.setattr(steps, "prefill", spy)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\n  \nand then?\n/exit\nnot read\n"))
@@ -348,7 +348,7 @@ def test_a_cache_larger_than_memory_is_one_sentence(run, path, monkeypatch):
     def fail(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2048 bytes.")
 
-    monkeypatch.setattr(generate, "init_cache", fail)
+    monkeypatch.setattr(cache, "init_pool", fail)
     code, _, err = run("generate", "-m", path, "-p", "x")
     assert code == 2
     assert err.splitlines()[-1] == (
@@ -360,7 +360,7 @@ def test_other_failures_of_the_device_keep_their_traceback(run, path, monkeypatc
     def fail(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("INTERNAL: the device is lost")
 
-    monkeypatch.setattr(generate, "init_cache", fail)
+    monkeypatch.setattr(cache, "init_pool", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="the device is lost"):
         run("generate", "-m", path, "-p", "x")
 

@@ -62,7 +62,7 @@ def test_page_talks_to_the_server(browser):
     browser.execute_script(WATCH)
     ask(browser, "def read_lines(path):", seconds=60)
     lengths = browser.execute_script("return seen")
-    assert len(set(lengths)) > 5 and lengths == sorted(lengths)  # it grew before one's eyes
+    assert len(set(lengths)) > 2 and lengths == sorted(lengths)  # it grew before one's eyes
     assert re.match(r"\d+ tokens? · [\d.]+ tokens/s", shown(browser, ".facts"))
     assert re.fullmatch(r"[\d.]+ tokens/s", shown(browser, "#speed"))
     assert re.match(r"\d+ of 2,048 tokens", shown(browser, "#context"))
