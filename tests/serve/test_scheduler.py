@@ -2,8 +2,7 @@
 
 import hypothesis
 import numpy as np
-import pytest
-from canary import DEAD, CanaryDevice, check_pages, kill_the_rest, lone_text, rows_of
+from canary import CanaryDevice, check_pages, kill_the_rest, lone_text, rows_of
 from hypothesis import stateful
 from hypothesis import strategies as st
 
