@@ -16,6 +16,7 @@ class Stub(http.server.ThreadingHTTPServer):
       first_seconds: before the first event of each answer.
       seconds: between two events of an answer.
       most: answers that were under way at a time.
+      total: answers that have begun.
     """
 
     daemon_threads = True
@@ -24,12 +25,12 @@ class Stub(http.server.ThreadingHTTPServer):
     def __init__(self, first_seconds: float = 0.0, seconds: float = 0.0):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.first_seconds, self.seconds, self.most = first_seconds, seconds, 0
-        self.lock, self.now = threading.Lock(), 0
+        self.lock, self.now, self.total = threading.Lock(), 0, 0
 
     def count(self, change: int) -> None:
         """Counts an answer that begins or ends."""
         with self.lock:
-            self.now += change
+            self.now, self.total = self.now + change, self.total + max(change, 0)
             self.most = max(self.most, self.now)
 
 

@@ -113,6 +113,7 @@ def test_servers_take_turns_in_every_cell_of_every_round(stub, monkeypatch):
     stub.first_seconds = 0.01
     runs = list(serve_measure.measure(servers, _work(prompts=(4,))))
     assert len(runs) == 2 * 2 * (2 + 1)
+    assert stub.total == 3 * 2 * (2 + 1) * 2  # a round of three warms up; two requests in each run
     assert [run["engine"] for run in runs[::2]] != [run["engine"] for run in runs[1::2]]
     for one, other in zip(runs[::2], runs[1::2], strict=True):
         assert {one["engine"], other["engine"]} == {"ours", "peer"}

@@ -210,8 +210,12 @@ class Scheduler:
             self.waiting.remove(job)
             return
         self._leave(job)
-        self.prefix.forget(self.table.pages(job.pages))
+        pages = self.table.pages(job.pages)
+        self.prefix.forget(pages)
         self.table.free(job.pages)
+        for slot in self.slots:
+            if slot.kept and set(pages).intersection(self.table.pages(slot.kept.pages)):
+                self.erase(slot)
 
     def forget(self) -> None:
         """Forgets all rows that nobody runs on."""

@@ -32,7 +32,7 @@ class Server:
     def __init__(self, *flags):
         command = [sys.executable, "-m", "mla_jax", *flags, "--port", "0"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.told, self.url = [], None
+        self.told, self.url, self.clients = [], None, []
         deadline = time.monotonic() + START_SECONDS
         for line in self.process.stderr:
             self.told.append(line.rstrip("\n"))
@@ -43,7 +43,9 @@ class Server:
         raise AssertionError(self.told)
 
     def client(self, key=KEY):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        self.clients.append(client)
+        return client
 
     def get(self, path):
         return httpx.get(self.url + path, headers={"authorization": f"Bearer {KEY}"}, timeout=30)
@@ -55,6 +57,8 @@ class Server:
         return float(re.search(rf"^mla_jax_{name} (\S+)$", self.get("/metrics").text, re.MULTILINE)[1])
 
     def close(self):
+        for client in self.clients:
+            client.close()
         self.process.kill()
         self.process.communicate()
 

@@ -15,7 +15,15 @@ from mla_jax.serve.request import Request
 from mla_jax.serve.scheduler import Job, Scheduler
 
 PAGE_SIZE = 4
-PHASES = ("take", "copy", "put", "prefill", "decode")
+PROMPTS = st.tuples(st.integers(1, 18), st.integers(0, 40))  # length, and the place of another token
+ABOUT = st.fixed_dictionaries(
+    dict(
+        seed=st.integers(0, 2),
+        root=st.sampled_from("aab"),
+        reuse_prefix=st.sampled_from([True, True, True, False]),
+        num_logprobs=st.sampled_from([None, None, 0]),
+    )
+)
 
 
 class Broken(Exception):
@@ -161,21 +169,16 @@ class Requests(stateful.RuleBasedStateMachine):
         self.capacity = num_pages * PAGE_SIZE
 
     @stateful.rule(
-        length=st.integers(1, 18),
-        changed=st.integers(0, 40),
-        max_tokens=st.integers(1, 9),
-        seed=st.integers(0, 2),
-        root=st.sampled_from("aab"),
-        reuse_prefix=st.sampled_from([True, True, True, False]),
-        num_logprobs=st.sampled_from([None, None, 0]),
+        prompts=st.lists(PROMPTS, min_size=1, max_size=3), max_tokens=st.integers(1, 14), about=ABOUT
     )
-    def submit(self, length, changed, max_tokens, **about):
-        prompt = [7 + i % 3 for i in range(length)]
-        if changed < length:
-            prompt[changed] = 4
-        job = make_job(prompt, min(max_tokens, self.capacity + 1 - length), **about)
-        self.bench.scheduler.submit(job)
-        self.jobs.append(job)
+    def submit(self, prompts, max_tokens, about):
+        for length, changed in prompts:
+            prompt = [7 + i % 3 for i in range(length)]
+            if changed < length:
+                prompt[changed] = 4
+            job = make_job(prompt, min(max_tokens, self.capacity + 1 - length), **about)
+            self.bench.scheduler.submit(job)
+            self.jobs.append(job)
 
     @stateful.precondition(lambda self: any(job.slot is not None for job in self.jobs))
     @stateful.rule(data=st.data(), seed=st.integers(0, 2), more=st.lists(st.integers(3, 5), max_size=3))
