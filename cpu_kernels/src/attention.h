@@ -14,12 +14,18 @@ namespace MLA_ISA {
 using mla::Partials;
 using mla::Queries;
 
-// Folds slots [begin, end) into the state of kQueries queries from the `q`-th on.
+// Folds slots [begin, end) into the state of kQueries queries from the `q`-th on. One that sees nothing of some slots
+// does not meet them: a value that is no number would spoil it, whatever its weight.
 template <int kQueries, class Tile>
 void fold(const Tile& tile, int begin, int end, const Queries& queries, int q, const Partials& partials) {
   const int32_t* positions = queries.positions + q;
   end = std::min(end, *std::max_element(positions, positions + kQueries) + 1);
   for (int first = begin; first < end; first += Tile::kSlots) {
+    if constexpr (kQueries > 1)
+      if (*std::min_element(positions, positions + kQueries) < first) {
+        for (int i = 0; i < kQueries; ++i) fold<1>(tile.from(0, first - begin), first, end, queries, q + i, partials);
+        return;
+      }
     const Tile part = tile.from(q, first - begin);
     const int count = static_cast<int>(mla::padded(std::min(Tile::kSlots, end - first)));
     alignas(64) float scores[kQueries][Tile::kSlots];

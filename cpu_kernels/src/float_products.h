@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "products.h"
+#include "registers_float.h"
 
 namespace MLA_ISA {
 
@@ -92,18 +93,20 @@ struct FloatPanel {
     }
   }
 
+  // Sums stay in vectors of our own making: left to itself, the compiler rounds products in one count and not in another.
   template <int kCount>
   void multiply_tile(const Selection& x, int place, float* sums) const {
     const float* values[kCount];
-    alignas(64) float total[kCount][kPanelRows];
-    for (int t = 0; t < kCount; ++t) {
-      values[t] = x.source->values_of(x.row(place + t)) + first;
-      std::memcpy(total[t], sums + (place + t) * kPanelRows, sizeof(total[t]));
+    for (int t = 0; t < kCount; ++t) values[t] = x.source->values_of(x.row(place + t)) + first;
+    for (int k = 0; k < kPanelRows; k += kWidth) {
+      Part total[kCount];
+      for (int t = 0; t < kCount; ++t) total[t] = load_part(sums + (place + t) * kPanelRows + k);
+      for (int c = 0; c < count; ++c) {
+        const Part column = load_part(columns[c] + k);
+        for (int t = 0; t < kCount; ++t) total[t] += column * values[t][c];
+      }
+      for (int t = 0; t < kCount; ++t) store_part(sums + (place + t) * kPanelRows + k, total[t]);
     }
-    for (int c = 0; c < count; ++c)
-      for (int t = 0; t < kCount; ++t)
-        for (int k = 0; k < kPanelRows; ++k) total[t][k] += columns[c][k] * values[t][c];
-    for (int t = 0; t < kCount; ++t) std::memcpy(sums + (place + t) * kPanelRows, total[t], sizeof(total[t]));
   }
 
   void multiply(const Selection& x, int, float* sums) const {

@@ -8,9 +8,9 @@ namespace mla {
 
 namespace {
 
-constexpr int kSplitSlots = 128;    // slots of a sequence that one task attends to at least
-constexpr int kBlockQueries = 256;  // that a task has at most
-constexpr int kMaxTasks = 32;       // of a sequence, all queries together: each keeps what it found until all are merged
+constexpr int kSplitSlots = 128;  // slots of a sequence that one task attends to at least
+constexpr int kMinQueries = 32, kMaxQueries = 256;  // of a task, where there are as many
+constexpr int kMaxTasks = 32;  // of a sequence, where slots are split: each keeps what it found until all are merged
 
 // Some queries of a sequence, and some of its slots.
 struct Task {
@@ -20,24 +20,30 @@ struct Task {
 
 // All that is to be done. The tasks of block `i` of queries are `tasks[first[i]]` to `tasks[first[i + 1] - 1]`.
 struct Plan {
-  int64_t blocks;  // of a sequence
+  int64_t queries, blocks;  // of a sequence
   std::vector<Task> tasks;
   std::vector<int64_t> first;
 
-  // How slots are split, and with it results, must depend neither on the number of threads nor on other sequences.
+  // Results must depend neither on the number of threads, nor on other sequences, nor on which tokens come together. So
+  // slots are split by the length of a sequence where one token comes, and are not where more come, whose queries are.
   Plan(const AttentionCall& call, int64_t queries)
-      : blocks((queries + kBlockQueries - 1) / kBlockQueries), first(1, 0) {
-    const int splits = static_cast<int>(std::max<int64_t>(1, kMaxTasks / blocks));
+      : queries(queries), blocks((queries + kMaxQueries - 1) / kMaxQueries), first(1, 0) {
+    if (call.tokens > 1) blocks = std::max(blocks, std::min<int64_t>(kMaxTasks, queries / kMinQueries));
+    const int splits = call.tokens > 1 ? 1 : static_cast<int>(std::max<int64_t>(1, kMaxTasks / blocks));
     for (int64_t b = 0; b < call.batch; ++b) {
       const int length = call.length(b), step = std::max(kSplitSlots, (length + splits - 1) / splits);
-      for (int64_t query = 0; query < queries; query += kBlockQueries) {
-        const int64_t count = std::min<int64_t>(kBlockQueries, queries - query);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t query = begin(block), count = begin(block + 1) - query;
         for (int begin = 0; begin < length; begin += step)
           tasks.push_back({b, query, count, begin, std::min(begin + step, length)});
         first.push_back(static_cast<int64_t>(tasks.size()));
       }
     }
   }
+
+  // The first query of a block, and the block of a query: all have as many, or one more.
+  int64_t begin(int64_t block) const { return block * queries / blocks; }
+  int64_t block_of(int64_t query) const { return ((query + 1) * blocks - 1) / queries; }
 };
 
 // Merges what `count` parts found about query `i`, with m the largest score of all: sum of exp(top - m) * out, over sum
@@ -99,8 +105,8 @@ ffi::Error latent_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   });
   parallel_for(pool, call.batch * call.tokens, [&](int64_t token) {
     for (int64_t i = token * heads; i < (token + 1) * heads; ++i) {
-      const int64_t query = i % queries, block = i / queries * plan.blocks + query / kBlockQueries;
-      merge(found.data() + plan.first[block], plan.first[block + 1] - plan.first[block], query % kBlockQueries, rank,
+      const int64_t query = i % queries, block = plan.block_of(query), place = i / queries * plan.blocks + block;
+      merge(found.data() + plan.first[place], plan.first[place + 1] - plan.first[place], query - plan.begin(block), rank,
             out->typed_data() + i * rank);
     }
   });

@@ -39,9 +39,8 @@ ffi::Error head_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBu
   parallel_for(pool, tokens == 0 ? 0 : heads, [&](int64_t n) {
     std::vector<int32_t> rows(tokens);
     for (int64_t t = 0; t < tokens; ++t) rows[t] = static_cast<int32_t>(t * heads + n);
-    matrix.format->matmul(weight.of(n), 0, width,
-                          {&activations, rows.data(), static_cast<int>(tokens), tokens > kFewRows}, out->typed_data() + n * width,
-                          heads * width);
+    const Selection all{&activations, rows.data(), static_cast<int>(tokens), tokens > kFewRows};
+    matrix.format->matmul(weight.of(n), 0, width, all, out->typed_data() + n * width, heads * width);
   });
   return ffi::Error::Success();
 }

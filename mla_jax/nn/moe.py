@@ -93,7 +93,7 @@ def select_experts(
         ids_XK = jnp.where(share_XK > 0, ids_XK, config.num_experts)
         weight_XK = weight_XK * share_XK
     if config.normalize_weights:
-        weight_XK = weight_XK / (weight_XK.sum(axis=-1, keepdims=True) + _TINY)
+        weight_XK = weight_XK / (_join_halves(weight_XK, jnp.add, 0.0) + _TINY)
     return ids_XK, weight_XK * config.weights_scale
 
 
@@ -104,6 +104,23 @@ def _keep_best_groups(score_XE, config):
     _, kept = jax.lax.top_k(group_score, config.num_groups_used)
     is_kept = jax.nn.one_hot(kept, config.num_groups, dtype=jnp.bool).any(axis=-2)
     return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(score_XE.shape)
+
+
+def softmax(logits: jax.Array) -> jax.Array:
+    """Returns `jax.nn.softmax` of f32[X, E], a row of which is the same to the last bit whatever X is."""
+    largest_X1 = _join_halves(jax.lax.stop_gradient(logits), jnp.maximum, -jnp.inf)
+    power_XE = jnp.exp(logits - largest_X1)
+    return power_XE / _join_halves(power_XE, jnp.add, 0.0)
+
+
+def _join_halves(values, join, nothing):
+    """Reduces rows [X, n] to [X, 1], halves at a time: XLA chooses the order of a reduction by its shape."""
+    size = 1 << (values.shape[1] - 1).bit_length()
+    joined = jnp.pad(values, ((0, 0), (0, size - values.shape[1])), constant_values=nothing)
+    while size > 1:
+        size //= 2
+        joined = join(joined[:, :size], joined[:, size:])
+    return joined
 
 
 def tile_size(num_pairs: int, num_experts: int) -> int:
@@ -204,7 +221,7 @@ class Router(nn.Module):
         if moe.has_selection_bias:
             bias = read_weight(self, "bias", nn.initializers.zeros, (moe.num_experts,)).astype(jnp.float32)
         logits_XE = quant.matmul(x, weight)
-        gate = jax.nn.softmax if moe.gating == "softmax" else jax.nn.sigmoid
+        gate = softmax if moe.gating == "softmax" else jax.nn.sigmoid
         ids_XK, weight_XK = select_experts(
             gate(logits_XE), bias, moe, group_routing=self.group_routing, reduction=reduction
         )

@@ -19,8 +19,8 @@ _EXACT = ("highest", "float32")
 
 
 def has_kernel(*weights: tensor.Weight) -> bool:
-    """Whether kernels multiply by these weights as they are; float32 ones are left to XLA."""
-    return all(_format(weight) in cpu_kernels.formats() - {"f32"} for weight in weights)
+    """Whether kernels multiply by these weights as they are."""
+    return all(_format(weight) in cpu_kernels.formats() for weight in weights)
 
 
 def operands(weight: tensor.Weight) -> tuple[tuple[jax.Array, jax.Array], str]:
@@ -42,7 +42,8 @@ def for_gpu(wanted: bool | None) -> bool:
 def run(*args, weights=(), cpu=None, cuda=None, default):
     """Returns what kernels give where the code lowers for their device and they are wanted, else `default`.
 
-    Derivatives are those of `default`, at the same arguments.
+    Derivatives are those of `default`, at the same arguments. With float32 weights, which are those that are
+    trained, the result is its too where derivatives are asked for: they need most of it in any case.
 
     Args:
       *args: pytrees of arrays: all the arrays that the functions read.
@@ -63,7 +64,9 @@ def run(*args, weights=(), cpu=None, cuda=None, default):
 
     @compute.defjvp
     def _(primals, tangents):
-        return compute(*primals), jax.jvp(default, primals, tangents)[1]
+        result, slope = jax.jvp(default, primals, tangents)
+        is_trained = any(_format(weight) == "f32" for weight in weights)
+        return result if is_trained else compute(*primals), slope
 
     return compute(*args)
 

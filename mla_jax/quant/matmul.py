@@ -42,10 +42,7 @@ def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
         raise ValueError(f"x [..., in] must fit weight [out, in], got {x.shape} and {weight.shape}.")
     x = x.astype(jnp.float32)
     cuda = _matmul_on_gpu if isinstance(weight, tensor.PlanarTensor) else None
-    is_plain = not isinstance(weight, tensor.QuantizedTensor | tensor.PlanarTensor)
-    is_few = math.prod(x.shape[:-1]) <= cpu_kernels.FEW_ROWS
-    weights = [] if is_plain and is_few else [weight]  # XLA sums one row in another order than two
-    return dispatch.run(x, weight, weights=weights, cpu=_matmul_on_cpu, cuda=cuda, default=_matmul)
+    return dispatch.run(x, weight, weights=[weight], cpu=_matmul_on_cpu, cuda=cuda, default=_matmul)
 
 
 def _matmul_on_cpu(x, weight):

@@ -166,7 +166,13 @@ def _any(conditions, axis=None):
 
 
 def _fit(x, codes, weights):
-    return jnp.sum(weights * codes * x, axis=-1), jnp.sum(weights * codes * codes, axis=-1)
+    """Returns the two sums of a refit.
+
+    Products are rounded before they are added, so that sums are the same in any batch: compilers fuse some of
+    the two and not others. NaN hides from them that the choice could be left out.
+    """
+    rounded = lambda products: jnp.where(products == products, products, jnp.nan)
+    return tuple(jnp.sum(rounded(weights * codes * other), axis=-1) for other in (x, codes))
 
 
 def _refit(x, codes, weights, scale):

@@ -247,3 +247,13 @@ def test_gradients_reach_tokens_weights_and_selected_experts():
     slope = sum(np.vdot(a, b) for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(way), strict=True))
     assert slope == pytest.approx((loss_at(1e-5) - loss_at(-1e-5)) / 2e-5, rel=1e-4)
     assert not gradients[2]["down"][4].any()
+
+
+@pytest.mark.parametrize("num_experts", [1, 6, 8, 64, 160])
+def test_softmax_of_a_row_is_the_same_in_any_batch(num_experts):
+    logits = 3 * np.random.default_rng(0).standard_normal((512, num_experts)).astype(np.float32)
+    softmax = jax.jit(moe.softmax)
+    whole = np.asarray(softmax(logits))
+    np.testing.assert_allclose(whole, jax.nn.softmax(logits), rtol=1e-6)
+    for first, count in ((0, 1), (3, 2), (200, 4), (64, 16), (3, 128)):
+        np.testing.assert_array_equal(softmax(logits[first : first + count]), whole[first : first + count])
