@@ -243,6 +243,7 @@ class Engine:
         Raises:
           ValueError: if the slot is busy, or the file is not sound, of another model, other settings or a
             larger context.
+          PoolExhausted: if those who run have too many of the pages.
           OSError: if the file cannot be read.
         """
         settings = self.expert_reduction
@@ -298,7 +299,7 @@ class Engine:
 
     def _run(self):
         while not self._is_stopping:
-            if not self.step():
+            if not self.step() and not self._is_stopping:
                 self._inbox.get()()
 
     def _receive(self):

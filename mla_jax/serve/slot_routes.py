@@ -13,6 +13,7 @@ from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from mla_jax.cache import PoolExhausted
 from mla_jax.serve import schema
 from mla_jax.serve.api_error import ApiError
 from mla_jax.serve.body_reader import while_connected
@@ -21,6 +22,7 @@ from mla_jax.serve.routing import read_body, salt_of_request, service_of
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TABLE = {"filename": schema.Text()}
+_RETRY_AFTER = 1.0  # seconds
 
 
 async def slots(request: Request) -> Response:
@@ -90,7 +92,10 @@ def _restore(service, slot, name, salt):
     began = time.perf_counter()
     path = service.settings.slot_folder / name
     with _naming(path), _plain_file(path) as num_bytes:
-        num_tokens = len(service.engine.restore_slot(slot, path, salt=salt))
+        try:
+            num_tokens = len(service.engine.restore_slot(slot, path, salt=salt))
+        except PoolExhausted as error:  # until those who run have ended
+            raise ApiError(str(error), status=429, code="pool_full", retry_after=_RETRY_AFTER) from None
     told = {"id_slot": slot, "filename": name, "n_restored": num_tokens, "n_read": num_bytes}
     return told | {"timings": {"restore_ms": _milliseconds(began)}}
 

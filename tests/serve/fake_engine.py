@@ -9,6 +9,7 @@ import checkpoints_tools
 from checkpoints_tools import hparams
 from mla_jax import chat, generate, tokenizer
 from mla_jax import expert_reduction as reduction_lib
+from mla_jax.cache import PoolExhausted
 from mla_jax.completion import Logprobs, Piece, Timings
 from mla_jax.config import RunConfig
 from mla_jax.serve.request import Draining, Failure, QueueFull
@@ -35,7 +36,7 @@ class FakeEngine:
         self.say("Hello there.")
         self.step_seconds, self._lock, self._numbers = step_seconds, threading.Lock(), itertools.count()
         self.waiting, self.running, self.submitted = [], [], []
-        self.is_draining = self.is_stopped = self.is_stuck = False
+        self.is_draining = self.is_stopped = self.is_stuck = self.is_full = False
         self.finished, self.rejected, self.steps, self.most_waiting, self.age = {}, 0, 0, 0, None
         self.fails_after, self.saved = None, {}
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -157,6 +158,8 @@ class FakeEngine:
         return 3, 5
 
     def restore_slot(self, slot, path, salt=""):
+        if self.is_full:
+            raise PoolExhausted("4 pages must be free, got 2.")
         if path.read_bytes() != b"saved":
             raise ValueError(f"{path} must be a saved cache.")
         return [5, 6, 7]

@@ -286,6 +286,15 @@ def test_a_saved_slot_that_is_none(serve, tmp_path):
     assert client.post("/slots/0?action=restore", json={"filename": "no"}).status_code == 404
 
 
+def test_a_saved_slot_for_which_there_is_no_room_now(serve, tmp_path):
+    client, engine, _ = serve(slot_folder=tmp_path)
+    (tmp_path / "a").write_bytes(b"saved")
+    engine.is_full = True
+    answer = client.post("/slots/0?action=restore", json={"filename": "a"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "pool_full")
+    assert answer.headers["retry-after"] == "1"
+
+
 def test_a_port_in_use_is_known_at_once():
     with server.bind("127.0.0.1", 0) as bound:
         assert server.url(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"

@@ -2,10 +2,12 @@
 
 import hypothesis
 import numpy as np
+import pytest
 from canary import CanaryDevice, check_pages, kill_the_rest, lone_text, rows_of
 from hypothesis import stateful
 from hypothesis import strategies as st
 
+from mla_jax import steps
 from mla_jax.cache import PoolExhausted
 from mla_jax.sampler import SamplingParams
 from mla_jax.serve import scheduler as scheduler_lib
@@ -39,7 +41,7 @@ class Bench:
     """A scheduler, canaries, and the few lines that lie between them."""
 
     def __init__(self, *, num_slots=3, num_pages=9, width=8, **settings):
-        sizes = dict(num_pages=num_pages, page_size=PAGE_SIZE, widths=(width,))
+        sizes = dict(num_pages=num_pages, page_size=PAGE_SIZE, widths=steps.buckets(width))
         self.scheduler = Scheduler(num_slots=num_slots, **sizes, **settings)
         self.device = CanaryDevice(max_rows=num_slots, **sizes)
         self.ended, self.known = [], {}
@@ -101,8 +103,9 @@ class Bench:
 
     def end_all(self):
         for _ in range(1000):
-            if self.step() is None:
+            if self.step(num_steps=3) is None:
                 break
+            self.check()
         assert not self.scheduler.running and not self.scheduler.waiting
         self.check()
         self.scheduler.forget()
@@ -195,8 +198,8 @@ class Requests(stateful.RuleBasedStateMachine):
         self.bench.step(num_steps)
 
     @stateful.rule(num_steps=st.integers(1, 4))
-    def step_thrice(self, num_steps):
-        for _ in range(3):
+    def go_on(self, num_steps):
+        for _ in range(5):
             self.bench.step(num_steps)
             self.bench.check()
 
@@ -259,3 +262,133 @@ def test_whatever_comes(monkeypatch):
     monkeypatch.setattr(scheduler_lib, "_BESIDE_DECODE", 8)
     settings = hypothesis.settings(max_examples=150, stateful_step_count=50, deadline=None)
     stateful.run_state_machine_as_test(Requests, settings=settings)
+
+
+def _run(bench, jobs):
+    for job in jobs:
+        bench.scheduler.submit(job)
+    bench.end_all()
+    return bench.ended
+
+
+@pytest.mark.parametrize("length", [1, 4, 5], ids=["one token", "a page", "a page and a token"])
+def test_a_prompt_whose_rows_are_all_there_runs_at_once(length):
+    bench = Bench()
+    for count in (1, 2):
+        bench.scheduler.submit(make_job(range(5, 5 + length), 1))
+        while bench.step() is not None:
+            pass
+        assert len(bench.ended) == count
+    assert bench.ended[1].num_cached == length - 1
+
+
+def test_requests_come_in_order_and_those_that_came_last_leave_first():
+    bench = Bench(num_pages=6)
+    jobs = [make_job([i, i, i], 15, seed=i) for i in range(4)]
+    for job in jobs:
+        bench.scheduler.submit(job)
+    came, left = [], []
+    while (plan := bench.step()) is not None:
+        came += [job for job in bench.scheduler.running if job not in came]
+        left += [job for job, _ in plan.leaving]
+        running = [jobs.index(job) for job in bench.scheduler.running]
+        waiting = [jobs.index(job) for job in bench.scheduler.waiting]
+        assert running + waiting == sorted(running + waiting)
+    assert came == jobs and left and jobs[0] not in left
+    assert bench.scheduler.num_preemptions == len(left)
+    bench.end_all()
+
+
+def test_a_request_that_needs_the_whole_pool_runs_alone_and_is_not_passed_by():
+    bench = Bench(num_pages=6)
+    whole = make_job(range(3, 23), 5)
+    ended = _run(bench, [make_job([9], 8), whole, make_job([8], 1), make_job([7], 1)])
+    assert [job.num_prompt for job in ended] == [1, 20, 1, 1]
+
+
+def test_prompts_leave_room_for_those_who_draw():
+    bench = Bench(num_pages=400, width=512)
+    bench.scheduler.submit(make_job([5], 60))
+    bench.step()
+    bench.scheduler.submit(make_job(range(1000), 1))
+    widths = []
+    while (plan := bench.step(num_steps=9)) is not None and len(bench.scheduler.running) == 2:
+        assert plan.num_steps == 1 or not plan.prefill
+        widths.append(sum(piece.width for piece in plan.prefill))
+    assert widths == [128] * 8
+
+
+def test_tokens_are_drawn_in_a_row_only_while_nobody_waits():
+    bench = Bench(num_slots=1)
+    for seed in (0, 1):
+        bench.scheduler.submit(make_job([5, 6], 6, seed=seed))
+    counts = []
+    while (plan := bench.step(num_steps=4)) is not None:
+        counts.append(plan.num_steps if plan.decode else 0)
+    assert counts == [0, 1, 1, 1, 1, 1, 1, 4, 2]  # the row of the second prompt is kept from the first
+
+
+@pytest.mark.parametrize(
+    ("prompt", "slot", "num_cached"),
+    [([1, 2, 3, 4, 5, 9], 0, 5), ([1, 2, 8, 8], 1, 3), ([7, 7], 2, 0)],
+    ids=["the longest beginning", "the other", "none"],
+)
+def test_a_request_goes_where_its_beginning_is_kept(prompt, slot, num_cached):
+    bench = Bench(prefix_limit=0)
+    for tokens in ([1, 2, 3, 4, 5, 6], [1, 2, 8, 9]):
+        bench.scheduler.submit(make_job(tokens, 1))
+    while bench.step() is not None:
+        pass
+    job = make_job(prompt, 9)
+    bench.scheduler.submit(job)
+    bench.step()
+    assert job.slot == slot
+    bench.end_all()
+    assert job.num_cached == num_cached
+
+
+def test_rows_of_the_least_used_slot_make_room_first():
+    bench = Bench(num_pages=6, prefix_limit=0)
+    for tokens in ([1] * 6, [2] * 6):
+        _run_one(bench, tokens)
+    kept = [slot.kept.tokens[0] for slot in bench.scheduler.slots if slot.kept]
+    assert kept == [1, 2]
+    _run_one(bench, [3] * 16)
+    assert [slot.kept.tokens[0] for slot in bench.scheduler.slots if slot.kept] == [2, 3]
+
+
+def _run_one(bench, tokens):
+    bench.scheduler.submit(make_job(tokens, 1))
+    while bench.step() is not None:
+        bench.check()
+
+
+def test_pages_of_a_text_that_is_computed_now_are_taken_by_those_who_wait_for_it():
+    bench = Bench(num_slots=2, num_pages=20, width=8)
+    jobs = [make_job(range(17), 1), make_job(range(17), 1, seed=1)]
+    _run(bench, jobs)
+    assert [job.num_cached for job in jobs] == [0, 16] and bench.device.calls["prefill"] == 2
+
+
+@pytest.mark.parametrize(
+    "about", [dict(root="b"), dict(reuse_prefix=False)], ids=["another root", "unwilling"]
+)
+def test_rows_are_not_shared_with(about):
+    bench = Bench(num_pages=20)
+    job = make_job(range(9), 1, **about)
+    _run_one(bench, range(9))
+    bench.scheduler.submit(job)
+    bench.end_all()
+    assert job.num_cached == 0
+
+
+def test_rows_of_a_request_that_failed_are_found_nowhere():
+    bench = Bench(num_pages=20)
+    jobs = [make_job(range(9), 1), make_job(range(9), 9, seed=1)]
+    for job in jobs:
+        bench.scheduler.submit(job)
+    while jobs[0] not in bench.ended:
+        bench.step()
+    assert [slot.kept is not None for slot in bench.scheduler.slots] == [True, False, False]
+    bench.discard(jobs[1])
+    assert bench.scheduler.table.num_free == 20
