@@ -15,11 +15,10 @@ from cpu_kernels.library import (
     unavailable_because,
     use_instruction_set,
 )
-from cpu_kernels.matmul import FEW_ROWS, head_matmul, head_transposed, matmul
+from cpu_kernels.matmul import head_matmul, head_transposed, matmul
 from cpu_kernels.norm import rms_norm
 
 __all__ = [
-    "FEW_ROWS",
     "available",
     "expert_ffn",
     "formats",

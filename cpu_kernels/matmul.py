@@ -5,8 +5,6 @@ import numpy as np
 
 from cpu_kernels.library import call
 
-FEW_ROWS = 16  # kFewRows of the library
-
 
 def matmul(x: jax.Array, blocks: jax.Array, header: jax.Array, *, format: str) -> jax.Array:
     """Returns `x @ weight.T`.
@@ -18,7 +16,7 @@ def matmul(x: jax.Array, blocks: jax.Array, header: jax.Array, *, format: str) -
       format: one of `formats`.
 
     Returns:
-      f32[..., out]. Rows are computed apart; more than `FEW_ROWS` are summed in another order.
+      f32[..., out]. What a row gives does not depend on the others.
     """
     return call("mla_matmul", (*x.shape[:-1], blocks.shape[0]))(x, blocks, header, format=format)
 

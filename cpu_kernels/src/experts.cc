@@ -70,7 +70,7 @@ ffi::Error expert_ffn(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer
   std::vector<float> gated(count * hidden), raised(count * hidden), results(count * size);
   for_expert_rows(pool, pairs, gate, hidden, [&](int32_t e, int64_t begin, int64_t end) {
     const int32_t first = pairs.begin[e];
-    const Selection rows{&inputs, pairs.token.data() + first, pairs.begin[e + 1] - first, tokens > kFewRows};
+    const Selection rows{&inputs, pairs.token.data() + first, pairs.begin[e + 1] - first};
     gate.format->matmul(gate.from_row(e * gate.rows), begin, end, rows, gated.data() + first * hidden, hidden);
     up.format->matmul(up.from_row(e * up.rows + up_first), begin, end, rows, raised.data() + first * hidden, hidden);
   });
@@ -87,7 +87,7 @@ ffi::Error expert_ffn(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer
   std::iota(own.begin(), own.end(), 0);
   for_expert_rows(pool, pairs, down, size, [&](int32_t e, int64_t begin, int64_t end) {
     const int32_t first = pairs.begin[e];
-    const Selection rows{&middles, own.data() + first, pairs.begin[e + 1] - first, tokens > kFewRows};
+    const Selection rows{&middles, own.data() + first, pairs.begin[e + 1] - first};
     down.format->matmul(down.from_row(e * down.rows), begin, end, rows, results.data() + first * size, size);
   });
   std::fill(out->typed_data(), out->typed_data() + tokens * size, 0.0f);

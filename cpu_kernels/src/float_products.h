@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "products.h"
 #include "registers_float.h"
@@ -50,70 +51,81 @@ struct BF16 {
   }
 };
 
-// 16 partial sums let the compiler add in vectors without reordering.
-inline float dot_floats(const float* a, const float* b, int count) {
-  float sums[16] = {}, total = 0;
-  int i = 0;
-  for (; i + 16 <= count; i += 16)
-    for (int j = 0; j < 16; ++j) sums[j] += a[i + j] * b[i + j];
-  for (; i < count; ++i) total += a[i] * b[i];
-  for (int j = 0; j < 16; ++j) total += sums[j];
-  return total;
+// The running dot products of kRows weight rows and kCount rows of activations, each in kLanes sums: of every kLanes-th
+// column. They stay in vectors of our own making: left to itself, the compiler rounds products in one count and not in
+// another.
+template <int kRows, int kCount>
+struct FloatSums {
+  static constexpr int kParts = mla::kLanes / kWidth;
+  Part of[kRows][kCount][kParts];
+
+  void add(const float (*weights)[kChunk], const float* const* x, int c) {
+    for (int p = 0; p < kParts; ++p)
+      for (int t = 0; t < kCount; ++t) {
+        const Part values = load_part(x[t] + p * kWidth);
+        for (int k = 0; k < kRows; ++k) of[k][t][p] += load_part(weights[k] + c + p * kWidth) * values;
+      }
+  }
+
+  // Adds `count` columns from `first` on, of weights that zeros follow.
+  void add_chunk(const float (*weights)[kChunk], const Selection& x, int place, int64_t first, int count) {
+    const float* values[kCount];
+    int c = 0;
+    for (int t = 0; t < kCount; ++t) values[t] = x.source->values_of(x.row(place + t)) + first;
+    for (; c + mla::kLanes <= count; c += mla::kLanes) {
+      add(weights, values, c);
+      for (int t = 0; t < kCount; ++t) values[t] += mla::kLanes;
+    }
+    if (c == count) return;
+    float last[kCount][mla::kLanes] = {};
+    for (int t = 0; t < kCount; ++t) values[t] = std::copy_n(values[t], count - c, last[t]) - (count - c);
+    add(weights, values, c);
+  }
+};
+
+// Sums [kRows, kLanes] of each of the activations from `place` on grow by a chunk.
+template <int kRows, int kCount>
+void add_chunk(const float (*weights)[kChunk], const Selection& x, int place, int64_t first, int count, float* sums) {
+  FloatSums<kRows, kCount> running;
+  constexpr int kParts = running.kParts;
+  const auto at = [&](int t, int k, int p) { return sums + ((place + t) * kRows + k) * mla::kLanes + p * kWidth; };
+  for (int k = 0; k < kRows; ++k)
+    for (int t = 0; t < kCount; ++t)
+      for (int p = 0; p < kParts; ++p) running.of[k][t][p] = load_part(at(t, k, p));
+  running.add_chunk(weights, x, place, first, count);
+  for (int k = 0; k < kRows; ++k)
+    for (int t = 0; t < kCount; ++t)
+      for (int p = 0; p < kParts; ++p) store_part(at(t, k, p), running.of[k][t][p]);
 }
 
-template <class F, int kRows, int kCount>
-struct FloatDot {
-  // The products of rows `r` and following with all the activations: out [kRows, kCount].
-  static void meet(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
-    std::fill(out, out + kRows * kCount, 0.0f);
-    for (int k = 0; k < kRows; ++k, ++r, out += kCount)
-      for (int64_t first = 0; first < matrix.size; first += kChunk) {
-        const int count = static_cast<int>(std::min<int64_t>(kChunk, matrix.size - first));
-        alignas(64) float weights[kChunk];
-        F::widen(matrix.blocks + r * matrix.row_bytes, first, count, weights);
-        for (int t = 0; t < kCount; ++t) out[t] += dot_floats(weights, x.values_of(rows[t]) + first, count);
-      }
-  }
-};
-
-// 256 columns of 16 weight rows, a column's 16 numbers beside each other.
+// Weight rows become float32 a few at a time, 256 columns of each, and meet all activations in turn; the last row
+// stands for missing ones.
 template <class F>
-struct FloatPanel {
-  alignas(64) float columns[kChunk][kPanelRows];
-  int64_t first;  // column of the matrix
-  int count;
-
-  void fill(const Matrix& matrix, int64_t r, int rows, int chunk) {
-    first = static_cast<int64_t>(chunk) * kChunk;
-    count = static_cast<int>(std::min<int64_t>(kChunk, matrix.size - first));
-    for (int k = 0; k < kPanelRows; ++k) {
-      alignas(64) float row[kChunk];
-      F::widen(matrix.blocks + (r + std::min(k, rows - 1)) * matrix.row_bytes, first, count, row);
-      for (int c = 0; c < count; ++c) columns[c][k] = row[c];
-    }
-  }
-
-  // Sums stay in vectors of our own making: left to itself, the compiler rounds products in one count and not in another.
-  template <int kCount>
-  void multiply_tile(const Selection& x, int place, float* sums) const {
-    const float* values[kCount];
-    for (int t = 0; t < kCount; ++t) values[t] = x.source->values_of(x.row(place + t)) + first;
-    for (int k = 0; k < kPanelRows; k += kWidth) {
-      Part total[kCount];
-      for (int t = 0; t < kCount; ++t) total[t] = load_part(sums + (place + t) * kPanelRows + k);
-      for (int c = 0; c < count; ++c) {
-        const Part column = load_part(columns[c] + k);
-        for (int t = 0; t < kCount; ++t) total[t] += column * values[t][c];
+void multiply_floats(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
+  constexpr int kRows = 4, kTile = kWidth == mla::kLanes ? 4 : 2;
+  std::vector<float> sums(static_cast<size_t>(x.count) * kRows * mla::kLanes);
+  for (int64_t r = begin; r < end; r += kRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(kRows, end - r));
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t first = 0; first < matrix.size; first += kChunk) {
+      const int count = static_cast<int>(std::min<int64_t>(kChunk, matrix.size - first));
+      alignas(64) float weights[kRows][kChunk];
+      for (int k = 0; k < kRows; ++k) {
+        F::widen(matrix.blocks + (r + std::min(k, rows - 1)) * matrix.row_bytes, first, count, weights[k]);
+        std::fill(weights[k] + count, weights[k] + mla::padded(count), 0.0f);
       }
-      for (int t = 0; t < kCount; ++t) store_part(sums + (place + t) * kPanelRows + k, total[t]);
+      int t = 0;
+      for (; t + kTile <= x.count; t += kTile) add_chunk<kRows, kTile>(weights, x, t, first, count, sums.data());
+      for (; t < x.count; ++t) add_chunk<kRows, 1>(weights, x, t, first, count, sums.data());
     }
+    for (int t = 0; t < x.count; ++t)
+      for (int k = 0; k < rows; ++k) {
+        float* lanes = sums.data() + (t * kRows + k) * mla::kLanes;
+        for (int half = mla::kLanes / 2; half > 0; half /= 2)
+          for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+        out[t * stride + r + k] = lanes[0];
+      }
   }
-
-  void multiply(const Selection& x, int, float* sums) const {
-    int t = 0;
-    for (; t + 8 <= x.count; t += 8) multiply_tile<8>(x, t, sums);
-    for (; t < x.count; ++t) multiply_tile<1>(x, t, sums);
-  }
-};
+}
 
 }  // namespace MLA_ISA

@@ -76,50 +76,49 @@ void quantise(Activations* out, int row) {
   }
 }
 
-// A few activations: weight rows are unpacked once, 256 weights at a time, and met by all of them.
-template <template <class, int, int> class Dot, class F, int kCount>
-void multiply_few(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, int first, float* out,
-                  int64_t stride) {
+// One or two activations: weight rows are unpacked once, 256 weights at a time, and met by both.
+template <class F, int kCount>
+void multiply_few(const Matrix& matrix, int64_t end, const Selection& x, float* out, int64_t stride) {
   int rows[kCount];
-  for (int t = 0; t < kCount; ++t) rows[t] = x.row(first + t);
-  int64_t r = begin;
+  for (int t = 0; t < kCount; ++t) rows[t] = x.row(t);
+  int64_t r = 0;
   const auto meet = [&](auto rows_at_once) {
     constexpr int kRows = rows_at_once;
     for (; r + kRows <= end; r += kRows) {
       float dots[kRows * kCount];
-      Dot<F, kRows, kCount>::meet(matrix, r, *x.source, rows, dots);
+      IntegerDot<F, kRows, kCount>::meet(matrix, r, *x.source, rows, dots);
       for (int k = 0; k < kRows; ++k)
-        for (int t = 0; t < kCount; ++t) out[(first + t) * stride + r + k] = dots[k * kCount + t];
+        for (int t = 0; t < kCount; ++t) out[t * stride + r + k] = dots[k * kCount + t];
     }
   };
   // Sums are added up across their registers four at a time; long rows come faster from memory if they are fewer.
   if (matrix.row_bytes < kLongRow) meet(std::integral_constant<int, 4 / kCount>());
-  meet(std::integral_constant<int, kCount == 1 ? 2 : 1>());
+  meet(std::integral_constant<int, 2 / kCount>());
   meet(std::integral_constant<int, 1>());
-}
-
-template <template <class, int, int> class Dot, class F>
-void multiply_rows(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
-  int t = 0;
-  for (; t + 4 <= x.count; t += 4) multiply_few<Dot, F, 4>(matrix, begin, end, x, t, out, stride);
-  for (; t + 2 <= x.count; t += 2) multiply_few<Dot, F, 2>(matrix, begin, end, x, t, out, stride);
-  if (t < x.count) multiply_few<Dot, F, 1>(matrix, begin, end, x, t, out, stride);
 }
 
 // 256 columns of 16 rows of quantised weights.
 template <class F>
 struct IntegerPanel : Panel<F::kGroup> {
   void fill(const Matrix& matrix, int64_t r, int rows, int chunk) {
-    for (int k = 0; k < kPanelRows; ++k) unpack<F>(matrix, r + std::min(k, rows - 1), chunk, this->row(k));
+    const int64_t bytes = kChunk / matrix.format->block * matrix.format->bytes;
+    for (int k = 0; k < kPanelRows; ++k) {
+      const int64_t row = r + std::min(k, rows - 1);
+      // What comes next lies in as many places as there are rows: more than the hardware looks ahead in.
+      const uint8_t* next = matrix.blocks + row * matrix.row_bytes + (chunk + 1) * bytes;
+      if ((chunk + 1) * kChunk >= matrix.size) next = matrix.blocks + (row + kPanelRows) * matrix.row_bytes;
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
+      unpack_fast<F>(matrix, row, chunk, this->row(k));
+    }
     this->finish();
   }
 };
 
-// Many activations: 16 weight rows become a panel, which meets them in turn; the last row stands for missing ones.
-template <template <class> class PanelOf, class F>
+// More activations: 16 weight rows become a panel, which meets them in turn; the last row stands for missing ones.
+template <class F>
 void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
   std::vector<float> sums(static_cast<size_t>(x.count) * kPanelRows);
-  PanelOf<F> panel;
+  IntegerPanel<F> panel;
   for (int64_t r = begin; r < end; r += kPanelRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, end - r));
     std::fill(sums.begin(), sums.end(), 0.0f);
@@ -150,11 +149,13 @@ void with_readable(const Matrix& matrix, int64_t begin, int64_t end, const Use& 
   use(last, in_place, end - in_place);
 }
 
-template <template <class, int, int> class Dot, template <class> class PanelOf, class F>
-void multiply(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
-  if (x.many) return multiply_panels<PanelOf, F>(matrix, begin, end, x, out, stride);
+template <class F>
+void multiply_integers(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out,
+                       int64_t stride) {
+  if (x.count > 2) return multiply_panels<F>(matrix, begin, end, x, out, stride);
   with_readable(matrix, begin, end, [&](const Matrix& part, int64_t first, int64_t count) {
-    multiply_rows<Dot, F>(part, 0, count, x, out + first, stride);
+    if (x.count == 2) multiply_few<F, 2>(part, count, x, out + first, stride);
+    if (x.count == 1) multiply_few<F, 1>(part, count, x, out + first, stride);
   });
 }
 
@@ -221,7 +222,7 @@ void add(const float* x, float weight, float* out, int64_t count) {
 
 template <class F>
 constexpr mla::Format integers(const char* name, int header_bytes = 0) {
-  return {name, F::kBlock, F::kBytes, header_bytes, false, multiply<IntegerDot, IntegerPanel, F>,
+  return {name, F::kBlock, F::kBytes, header_bytes, false, multiply_integers<F>,
           transposed_integers<F>, F::unpack, nullptr, false};
 }
 
@@ -229,7 +230,7 @@ constexpr mla::Format integers(const char* name, int header_bytes = 0) {
 template <class F>
 constexpr mla::Format unpacked(const char* name, int header_bytes = 0) {
   using Any = Unpacked<F::kGroup>;
-  return {name, F::kBlock, F::kBytes, header_bytes, false, multiply<IntegerDot, IntegerPanel, Any>,
+  return {name, F::kBlock, F::kBytes, header_bytes, false, multiply_integers<Any>,
           transposed_integers<Any>, F::unpack, nullptr, false};
 }
 
@@ -247,7 +248,7 @@ constexpr mla::Format narrow(mla::Format format) {
 
 template <class F>
 constexpr mla::Format floats(const char* name) {
-  return {name, 1, F::kBytes, 0, true, multiply<FloatDot, FloatPanel, F>, transposed_floats<F>,
+  return {name, 1, F::kBytes, 0, true, multiply_floats<F>, transposed_floats<F>,
           nullptr, nullptr, false};
 }
 

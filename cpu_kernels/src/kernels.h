@@ -34,16 +34,11 @@ struct Row {
   const uint8_t* blocks;
 };
 
-// A product sums in one order for up to so many rows of activations in a call, and in another for more. So what a row
-// gives depends neither on the others of a decode step, nor on those of a prompt's piece.
-constexpr int64_t kFewRows = 16;
-
 // Some rows of activations: `index[i]` is the row of `source` that stands at place i; null: i itself.
 struct Selection {
   const Activations* source;
   const int32_t* index;
   int count;
-  bool many;  // of a call with more than kFewRows
 
   int row(int place) const { return index ? index[place] : place; }
 };
@@ -62,7 +57,7 @@ struct Format {
   const char* name;
   int block, bytes, header_bytes;
   bool is_float;  // meets activations as they are; the others meet bytes
-  // out[i * stride + r] = dot(activations i, matrix row r) for r in [begin, end).
+  // out[i * stride + r] = dot(activations i, matrix row r) for r in [begin, end): the same whatever else is computed.
   void (*matmul)(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride);
   // out[j] = sum over i of x[i] * weight[begin + i][j]: the transposed product, of `count` rows.
   void (*transposed)(const Matrix& matrix, int64_t begin, int count, const float* x, float* out);

@@ -106,8 +106,8 @@ ffi::Error latent_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   parallel_for(pool, call.batch * call.tokens, [&](int64_t token) {
     for (int64_t i = token * heads; i < (token + 1) * heads; ++i) {
       const int64_t query = i % queries, block = plan.block_of(query), place = i / queries * plan.blocks + block;
-      merge(found.data() + plan.first[place], plan.first[place + 1] - plan.first[place], query - plan.begin(block), rank,
-            out->typed_data() + i * rank);
+      merge(found.data() + plan.first[place], plan.first[place + 1] - plan.first[place], query - plan.begin(block),
+            rank, out->typed_data() + i * rank);
     }
   });
   return ffi::Error::Success();

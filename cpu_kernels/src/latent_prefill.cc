@@ -62,7 +62,7 @@ class Expansion {
       plain_.size = latents_.cache.latent.size;
     }
     const auto multiply = [&](const Matrix& matrix, int64_t size, float* out) {
-      const Selection rows{matrix.format->is_float ? &plain_ : quantised, nullptr, count, true};
+      const Selection rows{matrix.format->is_float ? &plain_ : quantised, nullptr, count};
       matrix.format->matmul(matrix, 0, size, rows, out, stride());
     };
     multiply(keys_, key_size_, keys());

@@ -18,7 +18,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
   read_activations(pool, x.typed_data(), rows, matrix.size, !matrix.format->is_float, &activations);
   const int64_t step = rows_per_task(matrix, 1, pool.num_threads());
   parallel_for(pool, rows == 0 ? 0 : (matrix.rows + step - 1) / step, [&](int64_t task) {
-    const Selection all{&activations, nullptr, static_cast<int>(rows), rows > kFewRows};
+    const Selection all{&activations, nullptr, static_cast<int>(rows)};
     matrix.format->matmul(matrix, task * step, std::min(matrix.rows, (task + 1) * step), all, out->typed_data(),
                           matrix.rows);
   });
@@ -39,7 +39,7 @@ ffi::Error head_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBu
   parallel_for(pool, tokens == 0 ? 0 : heads, [&](int64_t n) {
     std::vector<int32_t> rows(tokens);
     for (int64_t t = 0; t < tokens; ++t) rows[t] = static_cast<int32_t>(t * heads + n);
-    const Selection all{&activations, rows.data(), static_cast<int>(tokens), tokens > kFewRows};
+    const Selection all{&activations, rows.data(), static_cast<int>(tokens)};
     matrix.format->matmul(weight.of(n), 0, width, all, out->typed_data() + n * width, heads * width);
   });
   return ffi::Error::Success();

@@ -1,5 +1,5 @@
 // Products for AVX-512 with VNNI: `vpdpbusd` adds four products of unsigned and signed bytes in each lane.
-// A few rows of activations meet weights in registers of 32 bytes, whose scales can then come from memory.
+// One or two rows of activations meet weights in registers, more of them panels in memory.
 #pragma once
 
 #include <type_traits>
@@ -75,69 +75,95 @@ inline __m128 add_across(const __m256* x) {
 inline __m256 add_halves(__m256 x) { return x; }
 inline __m256 add_halves(__m512 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 
-// The running dot products of some weight rows and some rows of activations, four at most.
+// The codes of a chunk, 64 in a register.
+struct ChunkCodes {
+  __m512i parts[4];
+
+  template <class Source>
+  explicit ChunkCodes(const Source& source) {
+    for (int i = 0; i < 4; ++i)
+      parts[i] = _mm512_inserti64x4(_mm512_castsi256_si512(source.codes(2 * i)), source.codes(2 * i + 1), 1);
+  }
+
+  // The products with a chunk of activations, summed over each group: 8 or 16 numbers.
+  template <int kGroup>
+  auto dots(const int8_t* x) const {
+    __m512i dots[4];
+    for (int i = 0; i < 4; ++i)
+      dots[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), parts[i], _mm512_loadu_si512(x + 64 * i));
+    // Each quarter of the register: the four sums over what the same quarters of the four have.
+    const __m512i twos[] = {add_pairs(dots[0], dots[1]), add_pairs(dots[2], dots[3])};
+    const __m512i fours = _mm512_add_epi32(_mm512_unpacklo_epi64(twos[0], twos[1]),
+                                           _mm512_unpackhi_epi64(twos[0], twos[1]));
+    if constexpr (kGroup == 16) {
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      return _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(order, fours));
+    } else {
+      const __m512i eights = _mm512_add_epi32(fours, _mm512_shuffle_i64x2(fours, fours, 0xB1));
+      const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 0, 8, 1, 9, 2, 10, 3, 11);
+      return _mm256_cvtepi32_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi32(order, eights)));
+    }
+  }
+
+ private:
+  static __m512i add_pairs(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  }
+};
+
+inline __m256 times(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+inline __m512 times(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+inline __m256 plus(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+inline __m512 plus(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+
+// What a row of activations is to each group of a chunk: its scale, and its scaled sum.
+template <int kGroup>
+inline auto scales_of(const Activations& x, int row, int chunk) {
+  const __m256 scales = _mm256_loadu_ps(x.scales_of(row) + 8 * chunk);
+  if constexpr (kGroup == 32) {
+    return scales;
+  } else {
+    const __m512i pairs = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    return _mm512_permutexvar_ps(pairs, _mm512_castps256_ps512(scales));
+  }
+}
+template <int kGroup>
+inline auto sums_of(const Activations& x, int row, int chunk) {
+  if constexpr (kGroup == 32)
+    return _mm256_loadu_ps(x.sums32_of(row) + 8 * chunk);
+  else
+    return _mm512_loadu_ps(x.sums16_of(row) + 16 * chunk);
+}
+
+// The running dot products of some weight rows and some rows of activations, four at most. Those of a chunk are added
+// up over its groups as `Panel` does, and then to those before it: so a result does not depend on who computes it.
 template <int kRows, int kCount>
 struct DotSums {
-  __m256 sums[kRows * kCount];
-
-  DotSums() {
-    for (int k = 0; k < kRows * kCount; ++k) sums[k] = _mm256_setzero_ps();
-  }
-
-  // Begins a chunk of which `groups` groups count: multiplies its scales by those of the activations.
-  template <int kGroup, class Source>
-  static __m256 begin(const Source& source, const Activations& x, int row, int chunk, int groups, float* scales) {
-    constexpr int kGroups = kChunk / kGroup;
-    auto offset = source.offsets();
-    if (groups < kGroups) offset = first_of(offset, groups);  // the others may be anything
-    const __m256 x_scale = _mm256_loadu_ps(x.scales_of(row) + 8 * chunk);
-    if constexpr (kGroup == 32) {
-      _mm256_store_ps(scales, _mm256_mul_ps(source.scales(), x_scale));
-      return _mm256_mul_ps(offset, _mm256_loadu_ps(x.sums32_of(row) + 8 * chunk));
-    } else {
-      const __m512i pairs = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-      _mm512_store_ps(scales, _mm512_mul_ps(source.scales(),
-                                            _mm512_permutexvar_ps(pairs, _mm512_castps256_ps512(x_scale))));
-      return add_halves(_mm512_mul_ps(offset, _mm512_loadu_ps(x.sums16_of(row) + 16 * chunk)));
-    }
-  }
-
-  // Adds weights 32 * i and following of a chunk.
-  template <int kGroup, class Source>
-  void add_part(const Source* sources, const Activations& x, const int* rows, int chunk, int i,
-                const float (*scales)[kChunk / kGroup]) {
-    for (int k = 0; k < kRows; ++k) {
-      const __m256i codes = sources[k].codes(i);
-      for (int t = 0; t < kCount; ++t) {
-        const int8_t* x_codes = x.codes_of(rows[t]) + chunk * kChunk + 32 * i;
-        const __m256i dots = _mm256_dpbusd_epi32(_mm256_setzero_si256(), codes,
-                                                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x_codes)));
-        const int at = k * kCount + t;
-        sums[at] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), of_groups<kGroup>(scales[at], i), sums[at]);
-      }
-    }
-  }
+  __m128 sums = _mm_setzero_ps();
 
   // Adds the first `groups` groups of a chunk.
   template <int kGroup, class Source>
   void add(const Source* sources, const Activations& x, const int* rows, int chunk, int groups) {
-    alignas(64) float scales[kRows * kCount][kChunk / kGroup];
-    for (int k = 0; k < kRows; ++k)
-      for (int t = 0; t < kCount; ++t) {
-        const int at = k * kCount + t;
-        sums[at] = _mm256_add_ps(sums[at], begin<kGroup>(sources[k], x, rows[t], chunk, groups, scales[at]));
+    __m256 all[4] = {};
+    for (int k = 0; k < kRows; ++k) {
+      const ChunkCodes codes(sources[k]);
+      auto scale = sources[k].scales(), offset = sources[k].offsets();
+      if (groups < kChunk / kGroup) {  // the others may be anything
+        scale = first_of(scale, groups);
+        offset = first_of(offset, groups);
       }
-    if (groups == kChunk / kGroup)
-      for (int i = 0; i < 8; ++i) add_part<kGroup>(sources, x, rows, chunk, i, scales);
-    else
-      for (int i = 0; i < groups * kGroup / 32; ++i) add_part<kGroup>(sources, x, rows, chunk, i, scales);
+      for (int t = 0; t < kCount; ++t) {
+        const auto dots = codes.template dots<kGroup>(x.codes_of(rows[t]) + chunk * kChunk);
+        const auto products = times(dots, times(scale, scales_of<kGroup>(x, rows[t], chunk)));
+        all[k * kCount + t] = add_halves(plus(offset, sums_of<kGroup>(x, rows[t], chunk), products));
+      }
+    }
+    sums = _mm_add_ps(sums, add_across(all));
   }
 
   void store(float* out) const {
-    __m256 all[4] = {};
-    std::copy_n(sums, kRows * kCount, all);
     float totals[4];
-    _mm_storeu_ps(totals, add_across(all));
+    _mm_storeu_ps(totals, sums);
     std::memcpy(out, totals, sizeof(float) * kRows * kCount);
   }
 };
@@ -265,7 +291,9 @@ class ColumnSums {
 };
 
 // Turns 16 rows of 16 words of four bytes into columns; rows are `stride` bytes apart.
-inline void transpose_words(const uint8_t* rows, size_t stride, uint8_t* columns) {
+inline void transpose_words(const void* first, size_t stride, void* out) {
+  const auto* rows = static_cast<const uint8_t*>(first);
+  auto* columns = static_cast<uint8_t*>(out);
   __m512i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows + i * stride);
   for (int i = 0; i < 16; i += 2) {
@@ -296,24 +324,39 @@ inline __m512i add_products(__m512i sums, __m512i codes, const int8_t* x) {
   return sums;
 }
 
+// As `unpack`, from registers where all of the chunk is there.
+template <class F>
+inline void unpack_fast(const Matrix& matrix, int64_t row, int chunk, Codes<F::kGroup>* out) {
+  if constexpr (kInRegisters<F>)
+    if (groups_in<F>(matrix, chunk) == kChunk / F::kGroup) {
+      const Chunk<F> source({matrix.header + row * matrix.header_bytes, matrix.blocks + row * matrix.row_bytes}, chunk);
+      const auto scales = source.scales(), offsets = source.offsets();
+      std::memcpy(out->scales, &scales, sizeof(scales));
+      std::memcpy(out->offsets, &offsets, sizeof(offsets));
+      for (int i = 0; i < 8; ++i) {
+        const __m256i codes = source.codes(i);
+        std::memcpy(out->codes + 32 * i, &codes, sizeof(codes));
+      }
+      return;
+    }
+  unpack<F>(matrix, row, chunk, out);
+}
+
 template <int kGroup>
 struct Panel {
-  static constexpr int kGroups = kChunk / kGroup, kQuads = kGroup / 4;
+  static constexpr int kGroups = kChunk / kGroup, kQuads = kGroup / 4, kLevels = kGroup == 32 ? 3 : 4;
   Codes<kGroup> rows[kPanelRows];
   alignas(64) uint8_t codes[kChunk / 4][kPanelRows][4];  // four columns of a row beside the same four of the next
-  alignas(64) float scales[kGroups][kPanelRows];
-  alignas(64) float offsets[kGroups][kPanelRows];
+  alignas(64) float scales[16][kPanelRows];  // of kGroups
+  alignas(64) float offsets[16][kPanelRows];
 
   Codes<kGroup>* row(int k) { return &rows[k]; }
 
   void finish() {
     for (int part = 0; part < 4; ++part)
-      transpose_words(rows[0].codes + 64 * part, sizeof(rows[0]), codes[16 * part][0]);
-    for (int k = 0; k < kPanelRows; ++k)
-      for (int g = 0; g < kGroups; ++g) {
-        scales[g][k] = rows[k].scales[g];
-        offsets[g][k] = rows[k].offsets[g];
-      }
+      transpose_words(rows[0].codes + 64 * part, sizeof(rows[0]), codes[16 * part]);
+    transpose_words(rows[0].scales, sizeof(rows[0]), scales);
+    transpose_words(rows[0].offsets, sizeof(rows[0]), offsets);
   }
 
   template <int kCount>
@@ -328,7 +371,9 @@ struct Panel {
       x_sums[t] = kGroup == 32 ? x.source->sums32_of(row) + 8 * chunk : x.source->sums16_of(row) + 16 * chunk;
       total[t] = _mm512_loadu_ps(sums + (first + t) * kPanelRows);
     }
-    for (int g = 0; g < kGroups; ++g) {
+    __m512 parts[kLevels][kCount];  // sums over 1, 2, 4, ... groups that wait for as many others
+    for (int n = 0; n < kGroups; ++n) {
+      const int g = kGroup == 32 ? n : n / 2 + 8 * (n % 2);
       const __m512 scale = _mm512_load_ps(scales[g]), offset = _mm512_load_ps(offsets[g]);
       __m512i dots[kCount];
       for (int t = 0; t < kCount; ++t) dots[t] = _mm512_setzero_si512();
@@ -336,11 +381,20 @@ struct Panel {
         const __m512i weights = _mm512_load_si512(codes[g * kQuads + q]);
         for (int t = 0; t < kCount; ++t) dots[t] = add_products(dots[t], weights, x_codes[t] + g * kGroup + 4 * q);
       }
+      __m512 products[kCount];
       for (int t = 0; t < kCount; ++t) {
         const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[t][g * kGroup / 32]));
-        total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), both, total[t]);
-        total[t] = _mm512_fmadd_ps(offset, _mm512_set1_ps(x_sums[t][g]), total[t]);
+        products[t] = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[t]), both);
+        products[t] = _mm512_fmadd_ps(offset, _mm512_set1_ps(x_sums[t][g]), products[t]);
       }
+      int level = 0;
+      for (; n >> level & 1; ++level)
+        for (int t = 0; t < kCount; ++t) products[t] = _mm512_add_ps(parts[level][t], products[t]);
+      for (int t = 0; t < kCount; ++t)
+        if (n + 1 < kGroups)
+          parts[level][t] = products[t];
+        else
+          total[t] = _mm512_add_ps(total[t], products[t]);
     }
     for (int t = 0; t < kCount; ++t) _mm512_storeu_ps(sums + (first + t) * kPanelRows, total[t]);
   }

@@ -9,19 +9,24 @@
 
 namespace MLA_ISA {
 
+template <class F>
+inline void unpack_fast(const Matrix& matrix, int64_t row, int chunk, Codes<F::kGroup>* out) {
+  unpack<F>(matrix, row, chunk, out);
+}
+
 template <class F, int kRows, int kCount>
 struct IntegerDot {
   // The products of rows `r` and following with all the activations: out [kRows, kCount].
   static void meet(const Matrix& matrix, int64_t r, const Activations& x, const int* rows, float* out) {
-    for (int k = 0; k < kRows; ++k, ++r, out += kCount) {
-      Codes<F::kGroup> weights;
-      DotSums<kCount> sums;
+    std::fill(out, out + kRows * kCount, 0.0f);
+    for (int k = 0; k < kRows; ++k, ++r, out += kCount)
       for (int c = 0; c * kChunk < matrix.size; ++c) {
+        Codes<F::kGroup> weights;
+        DotSums<kCount> sums;  // of a chunk, as those of a panel
         unpack<F>(matrix, r, c, &weights);
         sums.add(weights, x, rows, c);
+        for (int t = 0; t < kCount; ++t) out[t] += sums.result(t);
       }
-      for (int t = 0; t < kCount; ++t) out[t] = sums.result(t);
-    }
   }
 };
 

@@ -1,8 +1,4 @@
-"""What a row gives is the same to the last bit, whatever rows are beside it.
-
-Of up to `FEW_ROWS` rows that is so in any company of no more; of more rows, in any company of more: the rows
-of a decode step, and the tokens of a prompt however it is cut.
-"""
+"""What a row gives is the same to the last bit, whatever rows are beside it."""
 
 import functools
 
@@ -13,7 +9,6 @@ import pytest
 import random_weights
 
 import cpu_kernels
-from cpu_kernels import FEW_ROWS
 from mla_jax import quant
 from mla_jax.cache import LatentRows, codec
 from mla_jax.nn import layers, mla_on_cpu
@@ -22,7 +17,19 @@ from mla_jax.quant import dispatch
 FLOAT = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 # In registers by groups of 32 and of 16, unpacked by both, of a codebook, with a header, and plain.
 FORMATS = ("q8_0", "q4_K", "q6_K", "iq4_xs", "q5_1", "iq6_k", "iq2_xxs", "iq1_kt", "mxfp4", *FLOAT)
-MANY = 600
+FEW, MANY = 16, 600
+PIECES = (  # of `MANY`: rows, rows of the call, and of those how many come before
+    (1, 1, 0),
+    (2, 2, 0),
+    (1, 3, 1),
+    (17, 17, 0),
+    (31, 32, 1),
+    (1, 32, 31),
+    (128, 128, 0),
+    (77, 128, 9),
+    (512, 512, 0),
+    (400, 512, 63),
+)
 
 
 @functools.cache
@@ -47,31 +54,22 @@ def _take(arrays, index):
 
 
 def _check_few(function, *arrays):
-    """Each of `FEW_ROWS` rows alone, against the same in groups, in an order and company that change."""
-    alone = np.concatenate([function(*_take(arrays, [row])) for row in range(FEW_ROWS)])
+    """Each of `FEW` rows alone, against the same in groups, in an order and company that change."""
+    alone = np.concatenate([function(*_take(arrays, [row])) for row in range(FEW)])
     assert np.isfinite(alone).all() and np.ptp(alone) > 0
-    for size in (2, 3, 5, 8, FEW_ROWS):
-        order = np.random.default_rng(size).permutation(FEW_ROWS)
-        for first in range(0, FEW_ROWS, size):
+    for size in (2, 3, 5, 8, FEW):
+        order = np.random.default_rng(size).permutation(FEW)
+        for first in range(0, FEW, size):
             rows = np.resize(order[first : first + size], size)  # a group that is too small has copies
             np.testing.assert_array_equal(function(*_take(arrays, rows)), alone[rows], err_msg=str(rows))
 
 
-def _check_many(function, *arrays):
+def _check_many(function, *arrays, pieces=PIECES):
     """`MANY` rows at once, against pieces of them in wider calls, after zeros and before other rows."""
     together = function(*arrays)
     assert np.isfinite(together).all() and np.ptp(together) > 0
-    pieces = (
-        (17, 17, 0),
-        (31, 32, 1),
-        (1, 32, 31),
-        (128, 128, 0),
-        (77, 128, 9),
-        (512, 512, 0),
-        (400, 512, 63),
-    )
     for place, (count, width, before) in enumerate(pieces):
-        first = 13 * place
+        first = 9 * place
         call = [np.zeros((width, *array.shape[1:]), array.dtype) for array in arrays]
         for padded, array in zip(call, arrays, strict=True):
             padded[before : before + count] = array[first : first + count]
@@ -81,7 +79,7 @@ def _check_many(function, *arrays):
 
 
 def _checked(rows):
-    return (_check_few, FEW_ROWS) if rows == "few" else (_check_many, MANY)
+    return (_check_few, FEW) if rows == "few" else (_check_many, MANY)
 
 
 @pytest.mark.parametrize("rows", ["few", "many"])
@@ -160,24 +158,25 @@ def _of_sequence(function, rows, pages):
     return attend
 
 
-LENGTHS = np.random.default_rng(6).integers(1, 769, FEW_ROWS)
+LENGTHS = np.random.default_rng(6).integers(1, 769, FEW)
 
 
 @pytest.mark.parametrize("cache_type", ["f32", "f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("heads", [1, 3, 4, 12, 16])
 def test_absorbed_attention(heads, cache_type, instruction_set):
-    rows, pages = _pool(cache_type, FEW_ROWS)
+    rows, pages = _pool(cache_type, FEW)
     positions = (LENGTHS - 1)[:, None].astype(np.int32)
-    queries = _draw(7, FEW_ROWS, 1, heads, RANK), _draw(8, FEW_ROWS, 1, heads, ROPE)
+    queries = _draw(7, FEW, 1, heads, RANK), _draw(8, FEW, 1, heads, ROPE)
     _check_few(lambda *call: np.asarray(_absorbed(*call, rows)), *queries, pages, positions)
     queries = _draw(9, MANY, heads, RANK), _draw(10, MANY, heads, ROPE)
-    _check_many(_of_sequence(_absorbed, rows, pages), *queries, np.arange(MANY, dtype=np.int32))
+    positions = np.arange(MANY, dtype=np.int32)
+    _check_many(_of_sequence(_absorbed, rows, pages), *queries, positions, pieces=PIECES[3:])
 
 
 @pytest.mark.parametrize("cache_type", ["f32", "q8_0"])
 @pytest.mark.parametrize("formats", [("f32", "f32"), ("q8_0", "q8_0"), ("q4_0", "bf16")], ids="-".join)
 def test_expanded_attention(formats, cache_type, instruction_set):
-    rows, pages = _pool(cache_type, FEW_ROWS)
+    rows, pages = _pool(cache_type, FEW)
     heads, tokens = 3, 5
     keys, values = (
         dispatch.operands(_weight(name, heads * size, RANK, seed))[0]
@@ -185,7 +184,7 @@ def test_expanded_attention(formats, cache_type, instruction_set):
     )
     attend = lambda q, pages, positions, rows: _expanded(q, pages, positions, rows, keys, values, formats)
     positions = np.maximum(LENGTHS[:, None] - tokens + np.arange(tokens), 0).astype(np.int32)
-    q = _draw(7, FEW_ROWS, tokens, heads, H + ROPE)
+    q = _draw(7, FEW, tokens, heads, H + ROPE)
     _check_few(lambda *call: np.asarray(attend(*call, rows)), q, pages, positions)
     q = _draw(9, MANY, heads, H + ROPE)
     _check_many(_of_sequence(attend, rows, pages), q, np.arange(MANY, dtype=np.int32))

@@ -1,6 +1,6 @@
 """The whole model with the CPU kernels: bit for bit the same, whatever else is computed beside a token.
 
-A sequence that decodes gives the same in any batch of up to `FEW_ROWS`; a prompt leaves the same rows
+A sequence that decodes gives the same in any batch; a prompt leaves the same rows
 however it is cut into the buckets of `steps`. Not so in mode 0 and without the kernels, where XLA chooses
 the order of sums by the number of rows.
 """
