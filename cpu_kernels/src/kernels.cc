@@ -159,29 +159,42 @@ void multiply_integers(const Matrix& matrix, int64_t begin, int64_t end, const S
   });
 }
 
-template <class F>
-void transposed_integers(const Matrix& matrix, int64_t begin, int count, const float* x, float* out) {
+template <class F, int kCount>
+void transposed_tile(const Matrix& matrix, int64_t begin, int count, const Vectors& x, int first) {
   for (int c = 0; c * kChunk < matrix.size; ++c) {
-    ColumnSums<F> sums;
-    with_readable(matrix, begin, begin + count, [&](const Matrix& part, int64_t first, int64_t rows) {
+    ColumnSums<F, kCount> sums;
+    with_readable(matrix, begin, begin + count, [&](const Matrix& part, int64_t row, int64_t rows) {
       for (int i = 0; i < rows; i += sums.kRows)
-        sums.add(part, i, std::min(static_cast<int>(rows) - i, sums.kRows), c, x + first - begin + i);
+        sums.add(part, i, std::min(static_cast<int>(rows) - i, sums.kRows), c, x.in(first) + row - begin + i, x.stride);
     });
-    float all[kChunk];
-    sums.store(all);
-    std::memcpy(out + c * kChunk, all, sizeof(float) * std::min<int64_t>(kChunk, matrix.size - c * kChunk));
+    for (int t = 0; t < kCount; ++t) {
+      float all[kChunk];
+      sums.store(t, all);
+      std::memcpy(x.to(first + t) + c * kChunk, all, sizeof(float) * std::min<int64_t>(kChunk, matrix.size - c * kChunk));
+    }
   }
 }
 
 template <class F>
-void transposed_floats(const Matrix& matrix, int64_t begin, int count, const float* x, float* out) {
-  std::fill(out, out + matrix.size, 0.0f);
+void transposed_integers(const Matrix& matrix, int64_t begin, int count, const Vectors& x) {
+  int t = 0;
+  for (; t + 4 <= x.count; t += 4) transposed_tile<F, 4>(matrix, begin, count, x, t);
+  for (; t < x.count; ++t) transposed_tile<F, 1>(matrix, begin, count, x, t);
+}
+
+void add(const float* x, float weight, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] += weight * x[i];
+}
+
+template <class F>
+void transposed_floats(const Matrix& matrix, int64_t begin, int count, const Vectors& x) {
+  for (int t = 0; t < x.count; ++t) std::fill_n(x.to(t), matrix.size, 0.0f);
   for (int64_t first = 0; first < matrix.size; first += kChunk) {
     const int size = static_cast<int>(std::min<int64_t>(kChunk, matrix.size - first));
     for (int i = 0; i < count; ++i) {
       alignas(64) float weights[kChunk];
       F::widen(matrix.blocks + (begin + i) * matrix.row_bytes, first, size, weights);
-      for (int j = 0; j < size; ++j) out[first + j] += x[i] * weights[j];
+      for (int t = 0; t < x.count; ++t) add(weights, x.in(t)[i], x.to(t) + first, size);
     }
   }
 }
@@ -214,10 +227,6 @@ void normalise(const float* x, const float* weight, int64_t count, float epsilon
   for (int j = 0; j < kLanes; ++j) total += sums[j];
   const float scale = 1 / std::sqrt(total / static_cast<float>(count) + epsilon);
   for (i = 0; i < count; ++i) out[i] = x[i] * scale * weight[i];
-}
-
-void add(const float* x, float weight, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] += weight * x[i];
 }
 
 template <class F>

@@ -43,6 +43,18 @@ struct Selection {
   int row(int place) const { return index ? index[place] : place; }
 };
 
+// Some vectors that a transposed weight multiplies, and where the results go.
+struct Vectors {
+  const float* first;
+  int64_t stride;  // from one to the next
+  float* out;
+  int64_t out_stride;
+  int count;
+
+  const float* in(int t) const { return first + t * stride; }
+  float* to(int t) const { return out + t * out_stride; }
+};
+
 // What the codes of a format stand for: a byte for each of 8 or 4 neighbouring weights. Who calls the library has it.
 struct Codebook {
   const char* name;
@@ -59,8 +71,8 @@ struct Format {
   bool is_float;  // meets activations as they are; the others meet bytes
   // out[i * stride + r] = dot(activations i, matrix row r) for r in [begin, end): the same whatever else is computed.
   void (*matmul)(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride);
-  // out[j] = sum over i of x[i] * weight[begin + i][j]: the transposed product, of `count` rows.
-  void (*transposed)(const Matrix& matrix, int64_t begin, int count, const float* x, float* out);
+  // to(t)[j] = sum over i of in(t)[i] * weight[begin + i][j]: the transposed product, of `count` rows.
+  void (*transposed)(const Matrix& matrix, int64_t begin, int count, const Vectors& x);
   // Unpacks blocks to memory, see formats.h.
   void (*unpack)(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets);
   const Codebook* codebook;  // null for most

@@ -55,9 +55,13 @@ ffi::Error head_transposed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::A
   const int64_t tokens = x.dimensions()[0], heads = x.dimensions()[1], in = x.dimensions()[2];
   if (out->dimensions()[2] != matrix.size || !weight.hold(heads, in))
     return ffi::Error::InvalidArgument("x, the weight and its heads do not fit each other");
-  parallel_for(pool, tokens * heads, [&](int64_t i) {
-    matrix.format->transposed(matrix, i % heads * stride, static_cast<int>(in), x.typed_data() + i * in,
-                              out->typed_data() + i * matrix.size);
+  constexpr int64_t kStep = 16;  // tokens
+  parallel_for(pool, (tokens + kStep - 1) / kStep * heads, [&](int64_t task) {
+    const int64_t n = task % heads, first = task / heads * kStep, i = first * heads + n;
+    const int count = static_cast<int>(std::min(tokens - first, kStep));
+    matrix.format->transposed(matrix, n * stride, static_cast<int>(in),
+                              {x.typed_data() + i * in, heads * in, out->typed_data() + i * matrix.size,
+                               heads * matrix.size, count});
   });
   return ffi::Error::Success();
 }

@@ -16,6 +16,7 @@ namespace MLA_ISA {
 using mla::Activations;
 using mla::Matrix;
 using mla::Selection;
+using mla::Vectors;
 
 constexpr int kPanelRows = 16;
 

@@ -59,13 +59,6 @@ inline int groups_in(const Matrix& matrix, int c) {
   return static_cast<int>(std::min<int64_t>(matrix.size - static_cast<int64_t>(c) * kChunk, kChunk)) / F::kGroup;
 }
 
-// For each lane, of four neighbouring weights of 32 * i and following, the number of their group.
-template <int kGroup>
-inline __m256 of_groups(const float* numbers, int i) {
-  if constexpr (kGroup == 32) return _mm256_set1_ps(numbers[i]);
-  return _mm256_mask_mov_ps(_mm256_set1_ps(numbers[2 * i]), 0xF0, _mm256_set1_ps(numbers[2 * i + 1]));
-}
-
 // Adds up each of four registers.
 inline __m128 add_across(const __m256* x) {
   const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
@@ -200,94 +193,60 @@ struct IntegerDot {
   }
 };
 
-// A chunk of columns of the transposed product: the sums over rows of a number times the row. A few rows at a time:
-// what each group of their codes is multiplied by becomes whole numbers of 16 bits, which share a scale.
-template <class F>
+// A chunk of columns of the transposed product, for kCount vectors: the sums over rows of a number times the row. Codes
+// become floats, 32 columns of a few rows at a time, and meet for each vector what its number makes of their scale.
+template <class F, int kCount>
 class ColumnSums {
  public:
   static constexpr int kRows = 16;
 
-  ColumnSums() {
-    for (int v = 0; v < kChunk / 8; ++v) sums_[v] = _mm256_setzero_ps();
-  }
-
-  // Adds x[i] times chunk `c` of row `r + i`, for `count` rows.
-  void add(const Matrix& matrix, int64_t r, int count, int c, const float* x) {
+  // Adds x[t * stride + i] times chunk `c` of row `r + i`, for `count` rows.
+  void add(const Matrix& matrix, int64_t r, int count, int c, const float* x, int64_t stride) {
     Memory<F> memory[kRows];
-    __m512 factors[kRows], largest = _mm512_setzero_ps();
+    alignas(64) float factors[kRows][kCount][16];  // of each group
     const int groups = groups_in<F>(matrix, c);
     for (int i = 0; i < count; ++i) {
       if constexpr (!kInRegisters<F>) unpack<F>(matrix, r + i, c, &memory[i]);
       const auto chunk = chunk_of<F>(matrix, r + i, c, memory[i]);
-      const __m512 times = _mm512_set1_ps(x[i]);
-      factors[i] = _mm512_mul_ps(first_of(widen(chunk.scales()), groups), times);
-      offsets_ = _mm512_fmadd_ps(first_of(widen(chunk.offsets()), groups), times, offsets_);
-      largest = larger_magnitude(largest, factors[i]);
-    }
-    const __mmask16 usable = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
-    const __m512 inverse = _mm512_maskz_div_ps(usable, _mm512_set1_ps(kLargest), largest);
-    alignas(64) float scales[16];
-    alignas(64) float pairs[kRows / 2][16];  // of whole numbers
-    _mm512_store_ps(scales, _mm512_mul_ps(largest, _mm512_set1_ps(1 / kLargest)));
-    for (int i = 0; i < count; i += 2) _mm512_store_ps(pairs[i / 2], pair_up(factors, i, count, inverse));
-    for (int part = 0; part < (groups * F::kGroup + 31) / 32; ++part) {
-      __m256i dots[4] = {};
-      for (int i = 0; i < count; i += 2) {
-        const int next = std::min(i + 1, count - 1);
-        add_pair(chunk_of<F>(matrix, r + i, c, memory[i]).codes(part),
-                 chunk_of<F>(matrix, r + next, c, memory[next]).codes(part),
-                 _mm256_castps_si256(of_groups<F::kGroup>(pairs[i / 2], part)), dots);
+      const __m512 scale = first_of(widen(chunk.scales()), groups), offset = first_of(widen(chunk.offsets()), groups);
+      for (int t = 0; t < kCount; ++t) {
+        const __m512 number = _mm512_set1_ps(x[t * stride + i]);
+        _mm512_store_ps(factors[i][t], _mm512_mul_ps(scale, number));
+        offsets_[t] = _mm512_fmadd_ps(offset, number, offsets_[t]);
       }
-      const __m256 scale = of_groups<F::kGroup>(scales, part);
-      for (int j = 0; j < 4; ++j)
-        sums_[4 * part + j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[j]), scale, sums_[4 * part + j]);
+    }
+    for (int part = 0; part < (groups * F::kGroup + 31) / 32; ++part) {
+      __m512 sums[kCount][2];
+      for (int t = 0; t < kCount; ++t)
+        for (int half = 0; half < 2; ++half) sums[t][half] = sums_[t][2 * part + half];
+      for (int i = 0; i < count; ++i) {
+        const __m256i codes = chunk_of<F>(matrix, r + i, c, memory[i]).codes(part);
+        const __m512 low = floats_of(_mm256_castsi256_si128(codes)), high = floats_of(_mm256_extracti128_si256(codes, 1));
+        for (int t = 0; t < kCount; ++t) {
+          const float* factor = factors[i][t] + part * (32 / F::kGroup);
+          sums[t][0] = _mm512_fmadd_ps(low, _mm512_set1_ps(factor[0]), sums[t][0]);
+          sums[t][1] = _mm512_fmadd_ps(high, _mm512_set1_ps(factor[F::kGroup == 32 ? 0 : 1]), sums[t][1]);
+        }
+      }
+      for (int t = 0; t < kCount; ++t)
+        for (int half = 0; half < 2; ++half) sums_[t][2 * part + half] = sums[t][half];
     }
   }
 
-  void store(float* out) const {
+  void store(int t, float* out) const {
     alignas(64) float offsets[16];
-    _mm512_store_ps(offsets, offsets_);
-    for (int part = 0; part < kChunk / 32; ++part) {
-      const __m256 offset = of_groups<F::kGroup>(offsets, part);
-      float columns[4][8];  // lane i of register j is column 4 * i + j
-      for (int j = 0; j < 4; ++j) _mm256_storeu_ps(columns[j], _mm256_add_ps(sums_[4 * part + j], offset));
-      for (int i = 0; i < 32; ++i) out[32 * part + i] = columns[i % 4][i / 4];
-    }
+    _mm512_store_ps(offsets, offsets_[t]);
+    for (int v = 0; v < kChunk / 16; ++v)
+      _mm512_storeu_ps(out + 16 * v, _mm512_add_ps(sums_[t][v], _mm512_set1_ps(offsets[16 * v / F::kGroup])));
   }
 
  private:
-  static constexpr float kLargest = 32767;
-
   static __m512 widen(__m256 groups) { return _mm512_zextps256_ps512(groups); }
   static __m512 widen(__m512 groups) { return groups; }
+  static __m512 floats_of(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)); }
 
-  // Magnitudes are in the order of their bits, with infinity and NaN above all numbers.
-  static __m512 larger_magnitude(__m512 a, __m512 b) {
-    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(0x7FFFFFFF));
-    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), magnitude));
-  }
-
-  // Factors of rows i and i + 1 as 16-bit numbers beside each other; of a row that is not there: 0.
-  static __m512 pair_up(const __m512* factors, int i, int count, __m512 inverse) {
-    const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(factors[i], inverse));
-    if (i + 1 >= count) return _mm512_castsi512_ps(_mm512_and_si512(low, _mm512_set1_epi32(0xFFFF)));
-    const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(factors[i + 1], inverse));
-    return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_slli_epi32(high, 16)));
-  }
-
-  // Codes of two rows, four columns in a lane: each column meets its pair of factors.
-  static void add_pair(__m256i a, __m256i b, __m256i factors, __m256i* dots) {
-    const __m256i low = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xAA);
-    const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xAA);
-    const __m256i bytes = _mm256_set1_epi16(255);
-    dots[0] = _mm256_dpwssd_epi32(dots[0], _mm256_and_si256(low, bytes), factors);
-    dots[1] = _mm256_dpwssd_epi32(dots[1], _mm256_srli_epi16(low, 8), factors);
-    dots[2] = _mm256_dpwssd_epi32(dots[2], _mm256_and_si256(high, bytes), factors);
-    dots[3] = _mm256_dpwssd_epi32(dots[3], _mm256_srli_epi16(high, 8), factors);
-  }
-
-  __m256 sums_[kChunk / 8];
-  __m512 offsets_ = _mm512_setzero_ps();  // a lane for each group
+  __m512 sums_[kCount][kChunk / 16] = {};
+  __m512 offsets_[kCount] = {};  // a lane for each group
 };
 
 // Turns 16 rows of 16 words of four bytes into columns; rows are `stride` bytes apart.

@@ -30,23 +30,24 @@ struct IntegerDot {
   }
 };
 
-// A chunk of columns: the sums over some rows of a number times the row.
-template <class F>
+// A chunk of columns, for kCount vectors: the sums over some rows of a number times the row.
+template <class F, int kCount>
 struct ColumnSums {
   static constexpr int kRows = 1;
-  float sums[kChunk] = {};
+  float sums[kCount][kChunk] = {};
 
-  // Adds *x times chunk `c` of row `r`.
-  void add(const Matrix& matrix, int64_t r, int, int c, const float* x) {
+  // Adds x[t * stride] times chunk `c` of row `r`.
+  void add(const Matrix& matrix, int64_t r, int, int c, const float* x, int64_t stride) {
     Codes<F::kGroup> weights;
     unpack<F>(matrix, r, c, &weights);
-    for (int g = 0; g < kChunk / F::kGroup; ++g) {
-      const float scale = *x * weights.scales[g], offset = *x * weights.offsets[g];
-      for (int i = g * F::kGroup; i < (g + 1) * F::kGroup; ++i)
-        sums[i] += scale * static_cast<float>(weights.codes[i]) + offset;
-    }
+    for (int t = 0; t < kCount; ++t)
+      for (int g = 0; g < kChunk / F::kGroup; ++g) {
+        const float scale = x[t * stride] * weights.scales[g], offset = x[t * stride] * weights.offsets[g];
+        for (int i = g * F::kGroup; i < (g + 1) * F::kGroup; ++i)
+          sums[t][i] += scale * static_cast<float>(weights.codes[i]) + offset;
+      }
   }
-  void store(float* out) const { std::memcpy(out, sums, sizeof(sums)); }
+  void store(int t, float* out) const { std::memcpy(out, sums[t], sizeof(sums[t])); }
 };
 
 template <int kGroup>
