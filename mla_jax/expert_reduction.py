@@ -84,6 +84,22 @@ def arrays(*rows: tuple[Setting, ...]) -> ExpertReduction:
     )
 
 
+def experts_per_token(config: ModelConfig, settings: Sequence[Setting]) -> tuple[float, float] | None:
+    """Returns the fewest and the most experts that settings by layer give a token, None if there are none.
+
+    They are means over the layers that have experts; ties of scores are left aside. Where the two differ,
+    the scores decide: `steps.route` tells how.
+    """
+    routed = [setting for layer, setting in enumerate(settings) if not config.is_dense(layer)]
+    if not routed:
+        return None
+    most = config.moe.num_experts_per_token
+    of = lambda minimum, threshold: (minimum, minimum if threshold == 1 else most)
+    bounds = [(most, most) if setting == OFF else of(*setting) for setting in routed]
+    fewest, upper = zip(*bounds, strict=True)
+    return sum(fewest) / len(bounds), sum(upper) / len(bounds)
+
+
 def describe(settings: Sequence[Setting]) -> str:
     """Returns settings by layer as text that is equal if and only if they are."""
     texts = ["off" if setting == OFF else f"{setting[0]},{setting[1]:.9g}" for setting in settings]

@@ -173,9 +173,10 @@ class Tokenizer:
         """
         ids, table = [], str.maketrans(dict(stand_ins or {}))
         as_meant = lambda part: part.translate(table) if table else part
+        encoded = lambda part: self._bpe.encode_batch_fast([as_meant(part)])[0].ids  # `encode` keeps the GIL
         self._check_text(as_meant(text))
         for part in _split(text, self._special if parse_special else self._user_defined):
-            ids.extend([part] if isinstance(part, int) else self._bpe.encode(as_meant(part)).ids)
+            ids.extend([part] if isinstance(part, int) else encoded(part))
         if add_special and self.vocabulary.add_bos:
             ids.insert(0, self.vocabulary.bos_id)
         if add_special and self.vocabulary.add_eos:

@@ -48,6 +48,18 @@ def test_settings_without_effect_are_off():
     assert expert_reduction.per_layer(dense, (6, 1.0)) == off
 
 
+def test_how_many_experts_a_setting_gives_a_token():
+    config = presets.PRESETS["deepseek-v2-lite"]  # 6 experts a token, in 26 of 27 layers
+    of = lambda setting, layers=None: expert_reduction.experts_per_token(
+        config, expert_reduction.per_layer(config, setting, layers)
+    )
+    assert of(None) == of((4, 0.0)) == of((9, 1.0)) == (6, 6)
+    assert of((4, 1.0)) == (4, 4) and of((4, 0.4)) == (4, 6) and of((4, 1.5)) == (4, 6)
+    assert of(None, {0: (1, 1.0), 5: (2, 0.5)}) == (pytest.approx(6 - 4 / 26), 6)
+    dense = dataclasses.replace(config, num_dense_layers=27)
+    assert expert_reduction.experts_per_token(dense, (expert_reduction.OFF,) * 27) is None
+
+
 def test_words_are_equal_if_settings_are():
     describe = lambda *args: expert_reduction.describe(expert_reduction.per_layer(V3, *args))
     assert describe(None) == describe((9, 1.0)) == "off"

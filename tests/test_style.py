@@ -32,6 +32,7 @@ LAYERS = [  # a module imports from earlier lines, or from its own
         "mla_jax.autotune_cases",
         "checkpoints_tools",
     ),
+    ("mla_jax.serve.http",),
     ("mla_jax.cli", "mla_jax.__main__"),
 ]
 PACKAGES = ("mla_jax", "pallas_kernels", "cpu_kernels", "checkpoints_tools")
@@ -47,10 +48,13 @@ def _module_of(path):
 
 
 def _layer_of(module):
-    for height, names in enumerate(LAYERS):
-        if any(module == name or module.startswith(name + ".") for name in names):
-            return height
-    return None
+    found = [
+        (len(name), height)
+        for height, names in enumerate(LAYERS)
+        for name in names
+        if module == name or module.startswith(name + ".")
+    ]
+    return max(found)[1] if found else None
 
 
 def _imported(tree):
@@ -171,6 +175,7 @@ def test_every_einsum_letter_is_in_the_legend():
         ("mla_jax.steps", "import mla_jax"),
         ("mla_jax.nn.mla", "from . import layers"),
         ("pallas_kernels.dispatch", "import mla_jax.config"),
+        ("mla_jax.serve.engine", "from mla_jax.serve.http import server"),
         ("mla_jax.helpers", ""),
     ],
 )

@@ -14,16 +14,19 @@ decoding would leave out as control tokens.
 """
 
 from mla_jax.chat.answer import Answer, Delta
-from mla_jax.chat.formats import answer_format, shown_tokens
+from mla_jax.chat.formats import END_OF_THINK, answer_format, shown_tokens
+from mla_jax.chat.messages import checked_kwargs
 from mla_jax.chat.prompt import encode, render, starts_in_reasoning
 from mla_jax.chat.templates import BUILTIN_TEMPLATES, builtin_template, template_for
 
 __all__ = [
     "BUILTIN_TEMPLATES",
+    "END_OF_THINK",
     "Answer",
     "Delta",
     "answer_format",
     "builtin_template",
+    "checked_kwargs",
     "encode",
     "render",
     "shown_tokens",

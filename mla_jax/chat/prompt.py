@@ -22,7 +22,6 @@ def render(
     eos_token: str = "",
     tools: Sequence[Mapping[str, Any]] | None = None,
     kwargs: Mapping[str, Any] | None = None,
-    **extra: Any,
 ) -> str:
     """Writes a conversation as the prompt that the model was trained on.
 
@@ -36,9 +35,8 @@ def render(
         `add_special=not prompt.startswith(bos_token)`.
       eos_token: text of the EOS token.
       tools: see `messages.checked_tools`. What the template does not say about them is said in words.
-      kwargs: further variables of the template, as JSON values, from who may name any: see
+      kwargs: further variables of the template, `enable_thinking` say, as JSON values; see
         `messages.checked_kwargs`.
-      **extra: the same, of the caller: `enable_thinking`, ...
 
     Returns:
       The prompt, of at most 1 Mi characters. Special tokens in messages look like those of the template.
@@ -48,7 +46,7 @@ def render(
         size, time (2 s) and memory (512 MiB).
     """
     variables = dict(
-        messages_lib.checked_kwargs(messages_lib.checked_kwargs(kwargs) | extra),
+        messages_lib.checked_kwargs(kwargs),
         add_generation_prompt=add_generation_prompt,
         bos_token=bos_token,
         eos_token=eos_token,

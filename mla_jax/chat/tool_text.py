@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_CALLS = {
+CALLS = {  # by format; `forced_call` makes its grammars of them
     "deepseek-v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>FUNCTION_NAME\n"
     "```json\nARGUMENTS\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "deepseek-v3.1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>FUNCTION_NAME<｜tool▁sep｜>ARGUMENTS"
@@ -55,7 +55,7 @@ def _declaration(tools, form):
         )
     lines.append(
         "To call one, write exactly this, with the function's name, and its arguments as JSON:\n"
-        + _CALLS[form]
+        + CALLS[form]
     )
     return "\n\n".join(lines)
 

@@ -8,8 +8,8 @@ import pathlib
 from mla_jax import chat
 from mla_jax.cli import loading
 from mla_jax.cli.argv import UsageError
-from mla_jax.serve import access, server
-from mla_jax.serve.service import Service, Settings
+from mla_jax.serve.http import access, server
+from mla_jax.serve.http.service import Service, Settings
 
 _KEY_VARIABLE = "MLA_API_KEY"
 _REASONING_FORMATS = ("auto", "deepseek", "none")
@@ -33,9 +33,9 @@ def serve(values):
             max_waiting=values.max_waiting,
             max_waiting_tokens=values.max_waiting_tokens,
         )
-        if template is not None:
+        if template is not None or kwargs:
             model.encode_chat([{"role": "user", "content": "hello"}], template=template, kwargs=kwargs)
-        elif model.tokenizer.vocabulary.chat_template is None:
+        if template is None and model.tokenizer.vocabulary.chat_template is None:
             loading.tell("the file has no chat template, so turns are written as its family does")
         if values.warmup:
             model.engine.warm_up(_tell_progress)

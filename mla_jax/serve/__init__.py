@@ -1,1 +1,1 @@
-"""Many requests at once on one model: `Engine` draws their tokens, `server` speaks HTTP for it."""
+"""Many requests at once on one model: `engine` draws their tokens, `http` serves them over HTTP."""

@@ -5,9 +5,10 @@
     matcher.mask()  # u32[ceil(W / 32)]
     matcher.accept(token)
 
-A mask allows exactly the tokens whose bytes can go on to a text of the grammar; control tokens never, and the
-end-of-generation tokens exactly where a text may end. JSON has its properties in the order of the schema, and
-as white space one space, or a line break and at most 20 spaces or tabs, so that no model idles there.
+A mask allows exactly the tokens whose bytes can go on to a text of the grammar; control tokens never, but for
+the markers of a tool call that must be written, and the end-of-generation tokens exactly where a text may
+end. JSON has its properties in the order of the schema, and as white space one space, or a line break and at
+most 20 spaces or tabs, so that no model idles there.
 """
 
 import collections
@@ -27,7 +28,7 @@ import numpy as np
 from mla_jax import tokenizer as tokenizer_lib
 from mla_jax.serve import gbnf, grammar_child, request
 
-KINDS = ("json_object", "json_schema", "grammar", "regex")
+KINDS = ("json_object", "json_schema", "grammar", "regex", "tool_choice")
 MAX_BYTES = 1 << 16  # of a grammar's text
 _KEPT = 64  # compiled grammars
 _TRY_SECONDS = 1.0
@@ -46,7 +47,8 @@ def compile(kind: str, text: str, tokenizer: tokenizer_lib.Tokenizer) -> "Compil
       kind: one of `KINDS`.
       text: at most 64 KiB. Of "json_object" nothing (any JSON object); of "json_schema" the schema, a JSON
         object; of "grammar" GBNF as in llama.cpp, or Lark as in llguidance where it begins with
-        "%llguidance"; of "regex" an expression of Rust's `regex` that matches the whole text.
+        "%llguidance"; of "regex" an expression of Rust's `regex` that matches the whole text; of
+        "tool_choice" what `chat.forced_call.grammar` returns, which alone may name control tokens.
       tokenizer: of the model.
 
     Raises:
@@ -140,7 +142,8 @@ class Compiler:
         is_allowed = np.ones(-(-len(tokens) // 32) * 32, np.uint8)
         is_allowed[len(tokens) :] = is_allowed[special] = 0
         is_allowed[ends] = 1
-        self._allowed = np.packbits(is_allowed, bitorder="little").view(np.uint32)
+        pack = lambda bits: np.packbits(bits, bitorder="little").view(np.uint32)
+        self._allowed, self._all = pack(is_allowed), pack(np.arange(len(is_allowed)) < len(tokens))
         self._tokenizer = grammar_child.build_tokenizer(tokens, special, ends)
         texts = [token.decode("latin-1") for token in tokens]
         self._vocabulary = {"tokens": texts, "special": special, "ends": ends}
@@ -175,7 +178,8 @@ class Compiler:
             )
         if error:
             raise ValueError(f"{kind} must be one that can be followed: {_sentence(error)}.")
-        return CompiledGrammar(grammar_child.open_matcher(self._tokenizer, source), self._allowed)
+        allowed = self._all if kind == "tool_choice" else self._allowed
+        return CompiledGrammar(grammar_child.open_matcher(self._tokenizer, source), allowed)
 
 
 class _Child:
@@ -250,9 +254,23 @@ def _from_schema(text):
         raise ValueError(f"json_schema must be JSON: {_sentence(str(error))}.") from None
     if not isinstance(schema, dict):
         raise ValueError(f"json_schema must be an object, got {text!r:.60}.")
-    schema["x-guidance"] = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
     start = {"lark_grammar": f"{_NO_FORCING}\nstart: @schema"}
-    return json.dumps({"grammars": [start, {"name": "schema", "json_schema": schema}]})
+    return json.dumps({"grammars": [start, {"name": "schema", "json_schema": _guided(schema)}]})
+
+
+def _from_tool_choice(text):
+    value = json.loads(text)
+    start = {"lark_grammar": f"{_NO_FORCING}\n{value['lark']}"}
+    arguments = [
+        {"name": f"arguments_{index}", "json_schema": _guided(entry["schema"], not entry["is_strict"])}
+        for index, entry in enumerate(value["arguments"])
+    ]
+    return json.dumps({"grammars": [start, *arguments]})
+
+
+def _guided(schema, is_lenient=False):
+    options = {"whitespace_pattern": _WHITE_SPACE, "lenient": is_lenient, "coerce_one_of": False}
+    return {**schema, "x-guidance": options}
 
 
 def _from_grammar(text):
@@ -273,6 +291,7 @@ _SOURCES = {
     "json_schema": _from_schema,
     "grammar": _from_grammar,
     "regex": _from_regex,
+    "tool_choice": _from_tool_choice,
 }
 
 

@@ -113,6 +113,6 @@ def test_thinking_has_two_names():
     assert messages_lib.checked_kwargs(both | {"thinking": True}) == both | {"thinking": True}
     assert messages_lib.checked_kwargs(None) == {}
     message = {"role": "user", "content": ""}
-    assert chat.render([message], "{{ x }}{{ y }}", kwargs={"x": 1, "template": 3}, y=2) == "12"
+    assert chat.render([message], "{{ x }}{{ y }}", kwargs={"x": 1, "y": 2, "template": 3}) == "12"
     with pytest.raises(ValueError, match="chat_template_kwargs must be an object"):
         messages_lib.checked_kwargs([1])

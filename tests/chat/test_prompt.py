@@ -102,7 +102,7 @@ def test_a_template_of_the_v3_family():
     ],
 )  # fmt: skip
 def test_templates_find_what_hugging_face_gives_them(template, prompt):
-    assert chat.render(MESSAGES, template, things=[{"name": "é<b>", "a": 1}]) == prompt
+    assert chat.render(MESSAGES, template, kwargs={"things": [{"name": "é<b>", "a": 1}]}) == prompt
 
 
 @pytest.mark.parametrize(
@@ -141,4 +141,4 @@ def test_bad_templates_are_one_sentence(template, sentence):
 
 def test_what_a_template_is_given_must_be_json():
     with pytest.raises(ValueError, match="the chat template's input must be JSON values"):
-        chat.render(MESSAGES, "{{ things }}", things=object())
+        chat.render(MESSAGES, "{{ things }}", kwargs={"things": object()})

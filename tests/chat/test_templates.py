@@ -86,7 +86,7 @@ def test_calls_and_results_are_those_written_by_hand(name):
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_what_a_template_writes_is_what_the_answer_reads(name):
     template = chat.BUILTIN_TEMPLATES[name]
-    start = chat.render(MESSAGES[:1], template, eos_token="<E>", enable_thinking=False)
+    start = chat.render(MESSAGES[:1], template, eos_token="<E>", kwargs={"enable_thinking": False})
     written = chat.render(MESSAGES[:2], template, eos_token="<E>", add_generation_prompt=False)
     start = start.removesuffix("\n<think></think>")
     assert written.startswith(start)
@@ -154,7 +154,7 @@ def test_arguments_are_text_and_mapping(expression, text):
     ("chatglm4", False, "<|assistant|>\n<think></think>"),
 ])  # fmt: skip
 def test_thinking_is_asked_for(name, thinking, end):
-    prompt = chat.render(MESSAGES[:1], chat.BUILTIN_TEMPLATES[name], enable_thinking=thinking)
+    prompt = chat.render(MESSAGES[:1], chat.BUILTIN_TEMPLATES[name], kwargs={"enable_thinking": thinking})
     assert prompt.endswith(f"Hm?{end}")
 
 

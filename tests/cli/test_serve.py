@@ -7,7 +7,7 @@ import pytest
 from mla_jax import chat, generate
 from mla_jax.cli import argv, serve_flags
 from mla_jax.cli import flags as flags_lib
-from mla_jax.serve import server
+from mla_jax.serve.http import server
 
 
 @pytest.fixture
@@ -143,12 +143,26 @@ def test_what_is_refused_before_a_model_is_read(run, monkeypatch, args, words):
     assert err.startswith(f"mla-jax: {words}") and err.count("\n") == 1, err
 
 
-def test_a_template_that_fails_is_told_at_the_start(run, monkeypatch):
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--chat-template", "{{ messages.nothing.at.all }}"],
+        ["--chat-template-kwargs", '{"messages": []}'],
+    ],
+    ids=["template", "variables"],
+)
+def test_a_template_that_fails_is_told_at_the_start(run, monkeypatch, args):
     monkeypatch.setattr(server, "run", lambda *args, **more: pytest.fail("it listens"))
-    code, _, err = run(
-        "serve", "--port", "0", "--chat-template", "{{ messages.nothing.at.all }}", "--no-warmup"
-    )
+    code, _, err = run("serve", "--port", "0", "--no-warmup", *args)
     assert code == 2 and "template" in err.splitlines()[-1]
+
+
+def test_certificate_and_key_reach_the_server(served, tmp_path):
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    certificate.touch()
+    key.touch()
+    found, _ = served("--ssl-cert-file", str(certificate), "--ssl-key-file", str(key), "--no-warmup")
+    assert (found["ssl_certificate"], found["ssl_key"]) == (str(certificate), str(key))
 
 
 def test_every_alias_leads_somewhere():

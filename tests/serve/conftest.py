@@ -4,8 +4,8 @@ import pytest
 from fake_engine import fake_model
 from starlette.testclient import TestClient
 
-from mla_jax.serve.application import application
-from mla_jax.serve.service import Service, Settings
+from mla_jax.serve.http.application import application
+from mla_jax.serve.http.service import Service, Settings
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import time
 
 from fake_engine import fake_model
 
-from mla_jax.serve import server
-from mla_jax.serve.connections import Connection
-from mla_jax.serve.service import Service, Settings
+from mla_jax.serve.http import server
+from mla_jax.serve.http.connections import Connection
+from mla_jax.serve.http.service import Service, Settings
 
 
 def main():
@@ -19,10 +19,12 @@ def main():
     Connection.head_seconds = told.get("head_seconds", 30.0)
     service = Service(model, Settings(alias="toy", file_name="toy.gguf", **told.get("settings", {})))
     bound = server.bind("127.0.0.1", 0)
-    started = lambda: print(server.url(bound), flush=True)
+    secure = told.get("secure", {})
+    started = lambda: print(server.url(bound, is_secure=bool(secure)), flush=True)
     if told.get("is_wedged"):
         model.engine.drain = model.engine.stop = lambda *args: time.sleep(3600)
-    if not server.run(service, bound, drain_seconds=told.get("drain_seconds", 5.0), started=started):
+    drain_seconds = told.get("drain_seconds", 5.0)
+    if not server.run(service, bound, drain_seconds=drain_seconds, started=started, **secure):
         os._exit(1)
 
 

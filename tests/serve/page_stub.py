@@ -14,7 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-STATIC = pathlib.Path(__file__).parents[2] / "mla_jax/serve/static"
+STATIC = pathlib.Path(__file__).parents[2] / "mla_jax/serve/http/static"
 PROPS = {
     "model_alias": "stub-16b",
     "total_slots": 4,

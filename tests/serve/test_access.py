@@ -7,10 +7,10 @@ import socket
 import pytest
 from starlette.routing import Mount
 
-from mla_jax.serve import server
-from mla_jax.serve.access import OPEN_PATHS
-from mla_jax.serve.application import routes
-from mla_jax.serve.service import salt_of
+from mla_jax.serve.http import server
+from mla_jax.serve.http.access import OPEN_PATHS
+from mla_jax.serve.http.application import routes
+from mla_jax.serve.http.service import salt_of
 
 KEY = "correct horse battery"
 CHAT = "/v1/chat/completions"
@@ -79,10 +79,23 @@ def test_a_key_opens(serve, headers):
     assert client.get("/", headers=headers).status_code == 200
 
 
-def test_a_browser_is_asked_for_the_key_of_the_page(serve):
+@pytest.mark.parametrize(
+    ("path", "scheme"),
+    [
+        ("/", "Basic"),
+        ("/index.html", "Basic"),
+        ("/static/app.js", "Basic"),
+        ("/static/style.css", "Basic"),
+        ("/static", "Bearer"),
+        ("/v1/models", "Bearer"),
+        ("/nowhere", "Bearer"),
+    ],
+)
+def test_a_browser_is_asked_for_the_key_of_the_page(serve, path, scheme):
     client, _, _ = serve(api_keys=(KEY,))
-    assert client.get("/").headers["www-authenticate"].startswith("Basic ")
-    assert client.get("/v1/models").headers["www-authenticate"] == "Bearer"
+    assert client.get(path).headers["www-authenticate"].split()[0] == scheme
+    if scheme == "Basic":
+        assert client.get(path, headers=basic(KEY)).status_code == 200
 
 
 def test_keys_share_no_cached_rows(serve):

@@ -48,8 +48,6 @@ def browser(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     with serving(log, "--ctx-size", "2048", "--api-key", KEY) as address, browsing() as driver:
         driver.get(address.replace("://", f"://:{KEY}@"))  # as if it were typed in the browser's dialogue
-        driver.get(address)
-        driver.get_log("browser")
         yield driver
 
 

@@ -107,6 +107,26 @@ def test_a_chat_and_its_stream_are_the_same(client):
     assert sum(bool(part.choices and part.choices[0].delta.content) for part in parts) > 5
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_tool_must_be_called(client, stream):
+    city = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+    city["additionalProperties"] = False
+    function = {"name": "weather", "parameters": city}
+    answer = ask(
+        client,
+        tools=[{"type": "function", "function": function}],
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+        max_tokens=200,
+        stream=stream,
+    )
+    choices = [part.choices[0] for part in (answer if stream else [answer])]
+    told = [choice.delta if stream else choice.message for choice in choices]
+    calls = [call.function for part in told for call in part.tool_calls or []]
+    assert choices[-1].finish_reason == "tool_calls" and not any(part.content for part in told)
+    assert calls[0].name == "weather"
+    assert json.loads("".join(call.arguments for call in calls))["city"] in ("Oslo", "Rome")
+
+
 def test_a_prompt_that_was_there_is_taken_from_the_cache(server, client):
     long = [{"role": "user", "content": "import os\n" * 200}]
     first, second = ask(client, messages=long), ask(client, messages=long)

@@ -206,18 +206,13 @@ def test_what_a_request_says_reaches_the_engine(serve):
         ),
         ({"messages": MESSAGES, "logit_bias": {"4096": 1}}, "logit_bias", "the token ids of logit_bias"),
         (
-            {"messages": MESSAGES, "chat_template_kwargs": {"tokenize": 1}},
-            "chat_template_kwargs",
-            "chat_template",
-        ),
-        (
             {"messages": [{"role": "assistant", "content": None}]},
             "messages[0].content",
             "messages[0].content",
         ),
         ({"messages": MESSAGES, "grammar": "root ::= ("}, "grammar", ""),
     ],
-    ids=["too long", "no such token", "reserved", "nothing said", "no grammar"],
+    ids=["too long", "no such token", "nothing said", "no grammar"],
 )
 def test_what_only_the_model_can_refuse(serve, body, param, words):
     client, engine, _ = serve()
@@ -297,6 +292,30 @@ def test_the_prompt_of_a_conversation(serve):
     ask = lambda **more: client.post("/apply-template", json={"messages": MESSAGES} | more).json()["prompt"]
     assert ask() == "A:hi"
     assert ask(chat_template_kwargs={"who": "B"}) == "B:hi"
+    assert ask(chat_template_kwargs={"template": "x", "kwargs": "y"}) == "A:hi"
+
+
+@pytest.mark.parametrize("name", ["tools", "messages", "bos_token", "tokenize", "self", "_x"])
+@pytest.mark.parametrize("route", [CHAT, "/apply-template"])
+def test_variables_that_a_request_may_not_name_are_refused(serve, route, name):
+    client, engine, _ = serve(chat_template="{{ messages[0].content }}")
+    body = {"messages": MESSAGES, "chat_template_kwargs": {name: "x"}}
+    answer = client.post(route, json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "chat_template_kwargs"
+    assert answer.json()["error"]["message"].startswith(
+        f"chat_template_kwargs must not hold the key '{name}'"
+    )
+    assert not engine.submitted
+
+
+def test_a_request_says_whether_to_think_by_either_name(serve):
+    template = "{{ thinking }} {{ enable_thinking }}"
+    client, _, _ = serve(template_kwargs={"enable_thinking": False}, chat_template=template)
+    ask = lambda **kwargs: client.post(
+        "/apply-template", json={"messages": MESSAGES, "chat_template_kwargs": kwargs}
+    ).json()["prompt"]
+    assert ask() == "False False"
+    assert ask(thinking=True) == ask(enable_thinking=True) == "True True"
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -366,6 +385,9 @@ def test_metrics_add_up(serve):
     assert float(lines['mla_jax_responses_total{route="/v1/chat/completions",status="200"}']) == 3
     assert float(lines['mla_jax_responses_total{route="/v1/chat/completions",status="400"}']) == 1
     assert float(lines["mla_jax_compiles_total"]) == 3
+    assert {
+        float(lines[f'mla_jax_experts_per_token{{bound="{bound}"}}']) for bound in ("lower", "upper")
+    } == {6}
 
 
 def test_the_server_tells_of_itself(serve):

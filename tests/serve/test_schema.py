@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mla_jax.sampler import SamplingParams
-from mla_jax.serve import bodies, json_body, schema
-from mla_jax.serve.api_error import ApiError
+from mla_jax.serve.http import bodies, json_body, schema
+from mla_jax.serve.http.api_error import ApiError
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 ROUTES = {

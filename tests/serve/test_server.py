@@ -6,8 +6,10 @@ import http.client
 import json
 import pathlib
 import random
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -179,10 +181,36 @@ def test_a_long_text_is_tokenised_beside_the_others(start):
         began = time.monotonic()
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": text}, timeout=20)
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+        tokens = httpx.post(f"{url}/tokenize", json={"content": text}, timeout=20).json()["tokens"]
+        assert len(tokens) > 1000
         assert time.monotonic() - began < 4
     is_over.set()
     watcher.join()
     assert slowest < 0.5
+
+
+def test_it_speaks_https_with_a_certificate(start, tmp_path):
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the program openssl, which makes the certificate")
+    certificate, key = str(tmp_path / "certificate.pem"), str(tmp_path / "key.pem")
+    named = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    made = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, *named]
+    subprocess.run([openssl, *made], check=True, capture_output=True)
+    process, url = start(secure={"ssl_certificate": certificate, "ssl_key": key})
+    assert url.startswith("https://127.0.0.1:")
+    with httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=certificate)) as client:
+        assert client.post(CHAT, json=BODY).status_code == 200
+        with client.stream("POST", CHAT, json=BODY | {"stream": True}) as answer:
+            assert [*answer.iter_lines()][-2:] == ["data: [DONE]", ""]
+    with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
+        httpx.get(f"{url}/health")
+    with connect(url) as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(post(b"{}"))
+        assert reply(sock)[0] is None  # plain HTTP is answered by nothing
+    process.terminate()
+    assert process.wait(10) == 0 and process.stderr.read() == ""
 
 
 def test_whoever_leaves_is_given_up(start):

@@ -41,11 +41,12 @@ class Metrics:
       disconnects: requests whose client left before the end.
     """
 
-    def __init__(self, stats: Callable[[], Any]):
+    def __init__(self, stats: Callable[[], Any], experts: tuple[float, float] | None = None):
         """Makes a registry of its own.
 
         Args:
           stats: returns the statistics of the engine.
+          experts: fewest and most of a token, by the server's setting; None for a model without any.
         """
         self._registry = registry = prometheus_client.CollectorRegistry()
         registry.register(_EngineCollector(stats))
@@ -64,6 +65,16 @@ class Metrics:
         self.disconnects = prometheus_client.Counter(
             "mla_jax_disconnects", "Requests whose client left before the end.", registry=registry
         )
+
+        if experts is not None:
+            bounds = prometheus_client.Gauge(
+                "mla_jax_experts_per_token",
+                "Experts of a token, mean of the layers, by the server's setting.",
+                ["bound"],
+                registry=registry,
+            )
+            for bound, count in zip(("lower", "upper"), experts, strict=True):
+                bounds.labels(bound).set(count)
 
     def render(self) -> bytes:
         """Returns all of them in the text format of Prometheus."""

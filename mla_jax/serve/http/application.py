@@ -11,7 +11,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mla_jax.serve import (
+from mla_jax.serve.http import (
     llama_completion,
     openai_chat,
     openai_text,
@@ -19,10 +19,10 @@ from mla_jax.serve import (
     status_routes,
     text_routes,
 )
-from mla_jax.serve.access import Access
-from mla_jax.serve.api_error import ApiError
-from mla_jax.serve.metrics import Metrics
-from mla_jax.serve.service import Service
+from mla_jax.serve.http.access import Access
+from mla_jax.serve.http.api_error import ApiError
+from mla_jax.serve.http.metrics import Metrics
+from mla_jax.serve.http.service import Service
 
 _STATIC = pathlib.Path(__file__).parent / "static"
 _CLIENT_LEFT = 499  # what logs of servers call it; nobody reads the answer

@@ -10,11 +10,12 @@ from typing import Any
 
 from mla_jax import chat, sampler
 from mla_jax import expert_reduction as reduction_lib
+from mla_jax.chat import forced_call
 from mla_jax.serve import grammar as grammar_lib
-from mla_jax.serve.answers import Answers
-from mla_jax.serve.api_error import ApiError, busy
-from mla_jax.serve.drawing import Drawing
-from mla_jax.serve.metrics import Metrics
+from mla_jax.serve.http.answers import Answers
+from mla_jax.serve.http.api_error import ApiError, busy
+from mla_jax.serve.http.drawing import Drawing
+from mla_jax.serve.http.metrics import Metrics
 from mla_jax.serve.request import QueueFull, Request
 
 
@@ -78,7 +79,8 @@ class Service:
 
     def __init__(self, model: Any, settings: Settings):
         self.model, self.engine, self.settings = model, model.engine, settings
-        self.metrics = Metrics(model.engine.stats)
+        experts = reduction_lib.experts_per_token(model.config, model.expert_reduction)
+        self.metrics = Metrics(model.engine.stats, experts)
         self.is_draining = False
 
     def answers(self) -> Answers:
@@ -153,24 +155,48 @@ class Service:
         if drawing.grammar is None:
             return None
         kind, text = drawing.grammar
+        return self._compiled(kind, text, "grammar" if kind == "grammar" else "response_format")
+
+    def tool_grammar(
+        self, drawing: Drawing, tools: Sequence[Any], choice: Any, form: str, *, is_single: bool
+    ) -> Any:
+        """Returns the compiled grammar of an answer that must call a tool.
+
+        Args:
+          drawing: how to draw.
+          tools: that the model knows.
+          choice: "required", or in a tuple the name of the tool to be called once.
+          form: of the calls, see `chat.answer_format`.
+          is_single: no more than one call.
+
+        Raises:
+          ApiError: for a format whose calls no grammar is made for, another grammar that is to be followed,
+            or parameters that cannot be compiled.
+        """
+        if form not in forced_call.FORMS:
+            raise ApiError(
+                f"tool_choice must be none or auto for the tool calls of this model ({form}).",
+                param="tool_choice",
+            )
+        if drawing.grammar is not None:
+            raise ApiError(
+                "tool_choice must be none or auto where a grammar or response_format is given.",
+                param="tool_choice",
+            )
+        if isinstance(choice, tuple):
+            tools, is_single = [tool for tool in tools if tool["function"]["name"] in choice], True
+        tokens = self.model.tokenizer.vocabulary.tokens
+        control = {tokens[token]: token for token in self.shown_tokens}
+        text = forced_call.grammar(tools, form, control, is_single=is_single)
+        return self._compiled("tool_choice", text, "tools")
+
+    def _compiled(self, kind, text, param):
         try:
             return grammar_lib.compile(kind, text, self.model.tokenizer)
         except QueueFull as error:
             raise busy(error) from None
         except ValueError as error:
-            param = "grammar" if kind == "grammar" else "response_format"
             raise ApiError(str(error), param=param) from None
-
-    def tool_grammar(self, drawing: Drawing, tools: Sequence[Any], choice: Any, form: str) -> Any:
-        """Returns the compiled grammar of an answer that must call a tool.
-
-        Raises:
-          ApiError: since there is none for `form`, or another grammar is to be followed.
-        """
-        raise ApiError(
-            f"tool_choice must be none or auto for the tool calls of this model ({form}).",
-            param="tool_choice",
-        )
 
     @functools.cached_property
     def shown_tokens(self) -> frozenset[int]:

@@ -11,12 +11,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mla_jax.completion import Piece
-from mla_jax.serve import bodies, shapes
-from mla_jax.serve.answers import Answers
-from mla_jax.serve.body_reader import while_connected
-from mla_jax.serve.event_stream import EventStream
-from mla_jax.serve.routing import read_body, salt_of_request, service_of
-from mla_jax.serve.service import Service
+from mla_jax.serve.http import bodies, shapes
+from mla_jax.serve.http.answers import Answers
+from mla_jax.serve.http.body_reader import while_connected
+from mla_jax.serve.http.event_stream import EventStream
+from mla_jax.serve.http.routing import read_body, salt_of_request, service_of
+from mla_jax.serve.http.service import Service
 
 
 async def completions(request: Request) -> Response:

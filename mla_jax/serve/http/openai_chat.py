@@ -13,13 +13,14 @@ from starlette.responses import JSONResponse, Response
 
 from mla_jax import chat
 from mla_jax.completion import Piece
-from mla_jax.serve import bodies, schema, shapes
-from mla_jax.serve.answers import Answers
-from mla_jax.serve.api_error import ApiError
-from mla_jax.serve.body_reader import while_connected
-from mla_jax.serve.event_stream import EventStream
-from mla_jax.serve.routing import read_body, salt_of_request, service_of
-from mla_jax.serve.service import Service
+from mla_jax.serve.after_reasoning import AfterReasoning
+from mla_jax.serve.http import bodies, schema, shapes
+from mla_jax.serve.http.answers import Answers
+from mla_jax.serve.http.api_error import ApiError
+from mla_jax.serve.http.body_reader import while_connected
+from mla_jax.serve.http.event_stream import EventStream
+from mla_jax.serve.http.routing import read_body, salt_of_request, service_of
+from mla_jax.serve.http.service import Service
 
 _FIELD = re.compile(r"(?:messages|tools|chat_template_kwargs)\b[\w\[\].]*")
 
@@ -47,7 +48,7 @@ async def apply_template(request: Request) -> Response:
         add_generation_prompt=fields.get("add_generation_prompt", True),
         bos_token=text(vocabulary.bos_id),
         eos_token=text(vocabulary.eos_id),
-        **service.settings.template_kwargs | fields.get("chat_template_kwargs", {}),
+        kwargs=_kwargs(service, fields.get("chat_template_kwargs")),
     )
     work = lambda: to_thread.run_sync(_told, render)
     return JSONResponse({"prompt": await while_connected(request, work)})
@@ -165,13 +166,23 @@ def _prepare(service: Service, asked: bodies.ChatBody, salt: str) -> _Prepared:
     """Does everything that may take long before a conversation is handed to the engine."""
     template, tokenizer = _template(service), service.model.tokenizer
     form = chat.answer_format(template)
-    compiled = service.grammar(asked.drawing) if asked.tool_choice == "auto" else None
-    if asked.tool_choice != "auto":
-        compiled = service.tool_grammar(asked.drawing, asked.tools, asked.tool_choice, form)
-    kwargs = service.settings.template_kwargs | asked.template_kwargs
+    if asked.tool_choice == "auto":
+        compiled = service.grammar(asked.drawing)
+    else:
+        compiled = service.tool_grammar(
+            asked.drawing, asked.tools, asked.tool_choice, form, is_single=not asked.parallel_tool_calls
+        )
     ids = _told(
-        lambda: service.model.encode_chat(asked.messages, template=template, tools=asked.tools, kwargs=kwargs)
+        lambda: service.model.encode_chat(
+            asked.messages,
+            template=template,
+            tools=asked.tools,
+            kwargs=_kwargs(service, asked.template_kwargs),
+        )
     )
+    starts_in_reasoning = chat.starts_in_reasoning(ids, tokenizer)
+    if compiled is not None and starts_in_reasoning:
+        compiled = AfterReasoning(compiled, tokenizer, chat.END_OF_THINK)
     return _Prepared(
         requests=service.requests(
             service.checked(ids, "messages"),
@@ -182,7 +193,7 @@ def _prepare(service: Service, asked: bodies.ChatBody, salt: str) -> _Prepared:
             shown_tokens=service.shown_tokens,
         ),
         form=form,
-        starts_in_reasoning=chat.starts_in_reasoning(ids, tokenizer),
+        starts_in_reasoning=starts_in_reasoning,
     )
 
 
@@ -193,6 +204,11 @@ def _told(work):
     except ValueError as error:
         field = _FIELD.match(str(error))
         raise ApiError(str(error), param=field[0].rstrip(".") if field else "messages") from None
+
+
+def _kwargs(service, given):
+    # Each is checked by itself, which gives both names of thinking: else a request changed one of them alone.
+    return chat.checked_kwargs(service.settings.template_kwargs) | chat.checked_kwargs(given)
 
 
 def _template(service):

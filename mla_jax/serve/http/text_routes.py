@@ -4,10 +4,10 @@ from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mla_jax.serve import bodies, schema
-from mla_jax.serve.api_error import ApiError
-from mla_jax.serve.body_reader import while_connected
-from mla_jax.serve.routing import read_body, service_of
+from mla_jax.serve.http import bodies, schema
+from mla_jax.serve.http.api_error import ApiError
+from mla_jax.serve.http.body_reader import while_connected
+from mla_jax.serve.http.routing import read_body, service_of
 
 
 async def tokenize(request: Request) -> Response:

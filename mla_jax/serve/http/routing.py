@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 from anyio import to_thread
 from starlette.requests import Request
 
-from mla_jax.serve import body_reader, json_body
-from mla_jax.serve.service import Service, salt_of
+from mla_jax.serve.http import body_reader, json_body
+from mla_jax.serve.http.service import Service, salt_of
 
 _SHORT_BYTES = 16 << 10  # of a body that is read at once; others wait for nobody meanwhile
 _Result = TypeVar("_Result")

@@ -3,7 +3,8 @@
 A request goes through three gates, in this order. Its `Host` must be one of ours where only this machine is
 meant: a name that an attacker owns can be made to point here. Its `Origin`, which only browsers send, must be
 ours or allowed: a page elsewhere could otherwise have its reader's browser act here. And its key must be one
-of the server's, but for `/health` and `/ready`. A browser is asked for the key of the chat page, as password.
+of the server's, but for `/health` and `/ready`. A browser is asked for the key of the chat page and
+of its files, as password.
 """
 
 import base64
@@ -16,10 +17,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mla_jax.serve.api_error import ApiError
+from mla_jax.serve.http.api_error import ApiError
 
 OPEN_PATHS = ("/health", "/ready")
-_BROWSER_PATHS = ("/", "/index.html")  # what a person opens; programs are asked for a bearer token
+_PAGE_PATHS = ("/", "/index.html")  # what a person opens; programs are asked for a bearer token
+_PAGE_FILES = "/static/"
+_BASIC = 'Basic realm="mla-jax", charset="UTF-8"'
 _HEADERS = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; object-src 'none'",
@@ -88,9 +91,9 @@ class Access:
             return Response(status_code=204)
         key = self._key(headers)
         if self._keys and key is None and scope["path"] not in OPEN_PATHS:
-            scheme = 'Basic realm="mla-jax", charset="UTF-8"' if scope["path"] in _BROWSER_PATHS else "Bearer"
+            is_of_page = scope["path"] in _PAGE_PATHS or scope["path"].startswith(_PAGE_FILES)
             error = ApiError("the API key is missing or wrong.", status=401, code="invalid_api_key")
-            return error.response(www_authenticate=scheme, connection="close")
+            return error.response(www_authenticate=_BASIC if is_of_page else "Bearer", connection="close")
         scope.setdefault("state", {})["key"] = key
         return None
 

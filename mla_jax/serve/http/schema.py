@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from mla_jax.serve.api_error import ApiError, invalid
+from mla_jax.serve.http.api_error import ApiError, invalid
 
 MAX_FIELDS = 256
 _ALIKE = 0.85  # of names, as difflib measures; "temprature" and "temperature" have 0.95

@@ -14,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mla_jax.cache import PoolExhausted
-from mla_jax.serve import schema
-from mla_jax.serve.api_error import ApiError
-from mla_jax.serve.body_reader import while_connected
-from mla_jax.serve.llama_completion import generation_settings
-from mla_jax.serve.routing import read_body, salt_of_request, service_of
+from mla_jax.serve.http import schema
+from mla_jax.serve.http.api_error import ApiError
+from mla_jax.serve.http.body_reader import while_connected
+from mla_jax.serve.http.llama_completion import generation_settings
+from mla_jax.serve.http.routing import read_body, salt_of_request, service_of
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TABLE = {"filename": schema.Text()}

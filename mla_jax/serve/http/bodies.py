@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla_jax import sampler
-from mla_jax.serve import drawing, schema
-from mla_jax.serve.api_error import ApiError, invalid
-from mla_jax.serve.drawing import Drawing
+from mla_jax.serve.http import drawing, schema
+from mla_jax.serve.http.api_error import ApiError, invalid
+from mla_jax.serve.http.drawing import Drawing
 
 MAX_MESSAGES, MAX_TOOLS, MAX_TOOL_CALLS = 1024, 128, 128
 _MAX_PROMPT_TOKENS = 1 << 20

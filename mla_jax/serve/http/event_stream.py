@@ -7,8 +7,8 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mla_jax.serve.answers import Answers
-from mla_jax.serve.api_error import ApiError
+from mla_jax.serve.http.answers import Answers
+from mla_jax.serve.http.api_error import ApiError
 
 DONE = b"data: [DONE]\n\n"
 _HEADERS = {"x-accel-buffering": "no"}  # a proxy in between shall not collect pieces

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from mla_jax.completion import Piece
-from mla_jax.serve.api_error import ApiError, busy
-from mla_jax.serve.metrics import Metrics
+from mla_jax.serve.http.api_error import ApiError, busy
+from mla_jax.serve.http.metrics import Metrics
 from mla_jax.serve.request import Draining, Failure, QueueFull, Request
 
 _RETRY_AFTER_DRAIN = 5.0  # seconds; who comes back then finds the next process

@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from mla_jax.serve.api_error import ApiError
+from mla_jax.serve.http.api_error import ApiError
 
 MAX_DEPTH = 64
 _MAX_DIGITS = 400  # of a number; those of every float in full are fewer

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import uvicorn
 from anyio import to_thread
 
-from mla_jax.serve.access import HEAD_BYTES
-from mla_jax.serve.application import application
-from mla_jax.serve.connections import Connection
-from mla_jax.serve.service import Service
+from mla_jax.serve.http.access import HEAD_BYTES
+from mla_jax.serve.http.application import application
+from mla_jax.serve.http.connections import Connection
+from mla_jax.serve.http.service import Service
 
 _IDLE_SECONDS = 75  # that a connection may be without a request
 _FLUSH_SECONDS = 1  # for answers to be sent, once nothing is drawn any more

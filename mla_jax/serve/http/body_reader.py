@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from mla_jax.serve.api_error import ApiError
+from mla_jax.serve.http.api_error import ApiError
 
 _Result = TypeVar("_Result")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from mla_jax import expert_reduction as reduction_lib
 from mla_jax import sampler
-from mla_jax.serve import schema
-from mla_jax.serve.api_error import ApiError, invalid
+from mla_jax.serve.http import schema
+from mla_jax.serve.http.api_error import ApiError, invalid
 from mla_jax.serve.request import MAX_BIASED, MAX_LOGPROBS
 
 MAX_STOPS, MAX_STOP_CHARS = 4, 256

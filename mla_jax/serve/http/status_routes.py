@@ -9,9 +9,9 @@ from starlette.responses import JSONResponse, Response
 
 from mla_jax import chat
 from mla_jax import expert_reduction as reduction_lib
-from mla_jax.serve.api_error import ApiError
-from mla_jax.serve.llama_completion import generation_settings
-from mla_jax.serve.routing import service_of
+from mla_jax.serve.http.api_error import ApiError
+from mla_jax.serve.http.llama_completion import generation_settings
+from mla_jax.serve.http.routing import service_of
 
 _STARTED = int(time.time())
 _RETRY_AFTER = 5.0  # seconds
