@@ -33,7 +33,6 @@ import json
 import os
 import pathlib
 import platform
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -42,6 +41,7 @@ import time
 import bandwidth
 import cpu_grid
 import cpu_report
+import machine
 import sweep_bench
 from absl import app, flags
 from cpu_report import OURS, PEER
@@ -75,39 +75,16 @@ def _version(package):
         return None
 
 
-def _cpu_name():
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _commit():
-    def git(*words):
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-        return done.stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-
-
-def _without_folders(argument):
-    """Keeps where files lie on this machine out of the results."""
-    flag, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-    names = [pathlib.Path(part).name if os.path.isabs(part) else part for part in value.split(",")]
-    return flag + equals + ",".join(names)
-
-
 def _machine():
-    command = ["python", "benchmarks/cpu.py", *map(_without_folders, sys.argv[1:])]
     return dict(
-        cpu=_cpu_name(),
+        cpu=machine.cpu_name(),
         load_average=round(os.getloadavg()[0], 2),
         python=platform.python_version(),
         jax=_version("jax"),
         jaxlib=_version("jaxlib"),
         ik_llama_cpp_python=_version(_PEER_PACKAGE),
-        commit=_commit(),
-        command=shlex.join(command),
+        commit=machine.commit(),
+        command=machine.command("benchmarks/cpu.py", sys.argv[1:]),
     )
 
 

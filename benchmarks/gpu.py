@@ -30,8 +30,6 @@ Prints a table, and as its last line one JSON object. Without a GPU it ends with
 
 import json
 import pathlib
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -42,7 +40,7 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_cases, gpu_measure  # noqa: E402
+from benchmarks import gpu_cases, gpu_measure, machine  # noqa: E402
 from mla_jax import quant  # noqa: E402
 from pallas_kernels import cache_tiles, dispatch, weight_tiles  # noqa: E402
 
@@ -113,26 +111,14 @@ def _check_flags():
         raise app.UsageError(f"--expert_shape must be D,F,E,K, got {','.join(_SHAPE.value)}.")
 
 
-def _without_folders(argument):
-    """Keeps where files lie on this machine out of the results."""
-    flag, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-    return flag + equals + (pathlib.Path(value).name if pathlib.Path(value).is_absolute() else value)
-
-
 def _machine():
     device = jax.devices()[0]
-
-    def git(*words):
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-        return done.stdout.strip()
-
-    is_dirty = "-dirty" if git("status", "--porcelain", "-uno") else ""
     return dict(
         device=device.device_kind,
         platform=getattr(device.client, "platform_version", device.platform),
         jax=jax.__version__,
-        commit=git("rev-parse", "--short", "HEAD") + is_dirty,
-        command=shlex.join(["python", "benchmarks/gpu.py", *map(_without_folders, sys.argv[1:])]),
+        commit=machine.commit(),
+        command=machine.command("benchmarks/gpu.py", sys.argv[1:]),
     )
 
 

@@ -34,7 +34,6 @@ import pathlib
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 import urllib.parse
@@ -44,7 +43,7 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import serve_measure, serve_process, serve_report  # noqa: E402
+from benchmarks import machine, serve_measure, serve_process, serve_report  # noqa: E402
 from benchmarks.serve_report import OURS, PEER  # noqa: E402
 from checkpoints_tools import open_gguf  # noqa: E402
 from mla_jax.tokenizer import Tokenizer, Vocabulary  # noqa: E402
@@ -68,38 +67,16 @@ _PACKAGES = ("jax", "jaxlib", "uvicorn", "starlette")
 _BEGAN = time.monotonic()
 
 
-def _cpu_name():
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _commit():
-    def git(*words):
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-        return done.stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-
-
-def _without_folders(argument):
-    """Keeps where files lie on this machine out of the results."""
-    flag, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-    return flag + equals + (pathlib.Path(value).name if os.path.isabs(value) else value)
-
-
 def _about():
-    command = ["python", "benchmarks/serve.py", *map(_without_folders, sys.argv[1:])]
     return dict(
         model=pathlib.Path(_MODEL.value).name,
-        cpu=_cpu_name(),
+        cpu=machine.cpu_name(),
         cores=sorted(os.sched_getaffinity(0)),
         load_average=round(os.getloadavg()[0], 2),
         python=platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        commit=_commit(),
-        command=shlex.join(command),
+        commit=machine.commit(),
+        command=machine.command("benchmarks/serve.py", sys.argv[1:]),
     )
 
 

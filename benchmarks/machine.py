@@ -1,0 +1,39 @@
+"""Where and how a benchmark was run, for its results: nothing in it tells of folders or people."""
+
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def cpu_name() -> str:
+    """Returns what the processor calls itself."""
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def commit() -> str:
+    """Returns the commit of the checkout, with "-dirty" where tracked files were altered."""
+
+    def git(*words):
+        done = subprocess.run(["git", "-C", str(_ROOT), *words], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+
+
+def command(script: str, arguments: Sequence[str]) -> str:
+    """Returns a command line, without where files lie on this machine."""
+    return shlex.join(["python", script, *map(_without_folders, arguments)])
+
+
+def _without_folders(argument):
+    flag, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    names = [pathlib.Path(part).name if os.path.isabs(part) else part for part in value.split(",")]
+    return flag + equals + ",".join(names)
