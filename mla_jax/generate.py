@@ -1,5 +1,6 @@
 """From a file to text: `load` reads a model, `Model` holds its weights and the engine that draws texts."""
 
+import contextlib
 import dataclasses
 import operator
 import pathlib
@@ -185,7 +186,8 @@ class Model:
             raise ValueError(f"num_tokens must be in [0, {num_cached}], got {num_tokens}.")
         num_tokens = num_cached if num_tokens is None else num_tokens
         settings = request.expert_reduction
-        return self.engine.save_slot(0, path, num_tokens=num_tokens, expert_reduction=settings)[1]
+        slot = self._newest.newest_slot
+        return self.engine.save_slot(slot, path, num_tokens=num_tokens, expert_reduction=settings)[1]
 
     def load_cache(self, path: str | pathlib.Path) -> list[int]:
         """Reads what `save_cache` wrote, for the next request with `reuse_prefix` to go on from.
@@ -196,7 +198,8 @@ class Model:
         Raises:
           ValueError: if the file is not sound, or of another model, other settings or a larger context.
         """
-        tokens = self.engine.restore_slot(0, path, cancels=True)
+        slot = self._newest.newest_slot if self._newest else None
+        tokens = self.engine.restore_slot(slot or 0, path, cancels=True)
         self._newest = None
         return tokens
 
@@ -249,13 +252,14 @@ class Model:
             self.engine.forget()
         ticket, pieces = self.engine.stream(request)
         self._newest, self._num_read, self.timings = ticket, 0, ticket.timings
-        for piece in pieces:
-            if self._newest is not ticket:
-                raise ValueError(
-                    "a stream must be read before the next request of its model, which has begun."
-                )
-            self._num_read += 1
-            yield piece
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                if self._newest is not ticket:
+                    raise ValueError(
+                        "a stream must be read before the next request of its model, which has begun."
+                    )
+                self._num_read += 1
+                yield piece
 
 
 def _tokenizer(vocabulary, config):

@@ -50,6 +50,14 @@ def test_a_restored_cache_goes_on_bit_for_bit(load, settings, tmp_path):
     assert all(one[name].tobytes() == other[name].tobytes() for name in one)
 
 
+def test_a_cache_is_that_of_the_newest_request_wherever_it_ran(load, tmp_path):
+    model = load(parallel=2)
+    for length in (9, 20, 30):
+        model.generate(PROMPT[:length], max_tokens=1, reuse_prefix=True)
+        model.save_cache(tmp_path / "a")
+        assert load().load_cache(tmp_path / "a") == PROMPT[:length]
+
+
 def test_a_cache_must_exist_and_fit(load, tmp_path):
     model = load()
     with pytest.raises(ValueError, match="there must be a cache to save: generate something first"):

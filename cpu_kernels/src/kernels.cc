@@ -170,7 +170,7 @@ void transposed_tile(const Matrix& matrix, int64_t begin, int count, const Vecto
     for (int t = 0; t < kCount; ++t) {
       float all[kChunk];
       sums.store(t, all);
-      std::memcpy(x.to(first + t) + c * kChunk, all, sizeof(float) * std::min<int64_t>(kChunk, matrix.size - c * kChunk));
+      std::copy_n(all, std::min<int64_t>(kChunk, matrix.size - c * kChunk), x.to(first + t) + c * kChunk);
     }
   }
 }

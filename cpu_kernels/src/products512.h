@@ -221,7 +221,8 @@ class ColumnSums {
         for (int half = 0; half < 2; ++half) sums[t][half] = sums_[t][2 * part + half];
       for (int i = 0; i < count; ++i) {
         const __m256i codes = chunk_of<F>(matrix, r + i, c, memory[i]).codes(part);
-        const __m512 low = floats_of(_mm256_castsi256_si128(codes)), high = floats_of(_mm256_extracti128_si256(codes, 1));
+        const __m512 low = floats_of(_mm256_castsi256_si128(codes));
+        const __m512 high = floats_of(_mm256_extracti128_si256(codes, 1));
         for (int t = 0; t < kCount; ++t) {
           const float* factor = factors[i][t] + part * (32 / F::kGroup);
           sums[t][0] = _mm512_fmadd_ps(low, _mm512_set1_ps(factor[0]), sums[t][0]);

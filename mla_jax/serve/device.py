@@ -20,7 +20,7 @@ from mla_jax.cache import Cache
 from mla_jax.completion import Logprobs
 from mla_jax.config import ModelConfig, RunConfig
 
-MAX_ROWS = 16  # of a batch: up to so many, products on the CPU give a row the same whatever the others are
+MAX_ROWS = 16  # of a batch, and pages of a copy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,13 @@ steps: the others leave what they want in a queue, which is emptied between two 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from mla_jax import expert_reduction as reduction_lib
 from mla_jax.completion import Piece
@@ -21,6 +22,7 @@ from mla_jax.serve.loop import Loop
 from mla_jax.serve.request import Draining, Failure, QueueFull, Request
 from mla_jax.serve.scheduler import Kept, Scheduler, Slot
 from mla_jax.serve.stats import EngineStats, SlotInfo
+from mla_jax.serve.stream import Stream
 from mla_jax.serve.text import TextStream
 from mla_jax.serve.ticket import Listener, Ticket
 from mla_jax.tokenizer import Tokenizer
@@ -72,6 +74,7 @@ class Engine:
         self._limits = max_waiting, max_waiting_tokens
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock, self._ids = threading.Lock(), itertools.count()
+        self._stepping = threading.RLock()  # held by whoever takes a step: readers do, where no thread does
         self._taken = self._taken_tokens = self._rejected = 0
         self._is_draining = self._is_stopping = False
         self._thread: threading.Thread | None = None
@@ -115,19 +118,17 @@ class Engine:
             self._inbox.put(lambda: self._loop.scheduler.submit(ticket))
         return ticket
 
-    def stream(self, request: Request) -> tuple[Ticket, Iterator[Piece]]:
-        """Takes a request whose stream is read in this thread; reading it raises what the request fails of.
-
-        Whoever stops reading before the end closes the stream, and so cancels the request.
-        """
+    def stream(self, request: Request) -> tuple[Ticket, Stream]:
+        """Takes a request whose text is read in this thread; reading raises what the request fails of."""
         pieces: queue.SimpleQueue[Piece | Failure] = queue.SimpleQueue()
         ticket = self.submit(request, pieces.put)
-        return ticket, self._read(ticket, pieces)
+        return ticket, Stream(ticket, pieces, self._step_by_reader)
 
     def step(self) -> bool:
         """Takes one step; returns False if there was nothing to do."""
-        self._receive()
-        return self._loop.step()
+        with self._stepping:
+            self._receive()
+            return self._loop.step()
 
     def start(self) -> None:
         """Has a thread take the steps from now on."""
@@ -226,7 +227,9 @@ class Engine:
                 has = "none" if rows is None else len(rows.tokens)
                 raise ValueError(f"slot {slot} must have rows of {num_tokens or 'a request'}, got {has}.")
             tokens, table = rows.tokens[:num_tokens], self._loop.scheduler.table
-            return tokens, self._device.take(table.pages(rows.pages)[: table.pages_for(len(tokens))])
+            pages = table.pages(rows.pages)[: table.pages_for(len(tokens))]
+            with self._loop.between_steps():
+                return tokens, self._device.take(pages)
 
         tokens, layers = self._call(take)
         return len(tokens), self._device.save(path, tokens, layers, reduction_lib.describe(settings))
@@ -254,7 +257,9 @@ class Engine:
                 self._loop.cancel(running)
             scheduler, idle = self._loop.scheduler, self._idle(slot)
             try:
-                self._device.put(scheduler.keep(idle, tokens, _root(salt, settings)), layers)
+                pages = scheduler.keep(idle, tokens, _root(salt, settings))
+                with self._loop.between_steps():
+                    self._device.put(pages, layers)
             except Exception:
                 scheduler.erase(idle)
                 raise
@@ -266,13 +271,22 @@ class Engine:
         self._call(keep)
         return tokens
 
-    def erase_slot(self, slot: int) -> int:
+    def erase_slot(self, slot: int, *, salt: str = "") -> int:
         """Has an idle slot forget what it keeps, and returns how many tokens those were.
+
+        Args:
+          slot: which.
+          salt: of who asks; rows of another salt are not there.
 
         Raises:
           ValueError: if the slot is busy.
         """
-        return self._call(lambda: self._loop.scheduler.erase(self._idle(slot)))
+
+        def erase():
+            kept = self._idle(slot).kept
+            return self._loop.scheduler.erase(self._slot(slot)) if kept and _salt(kept.root) == salt else 0
+
+        return self._call(erase)
 
     @property
     def _num_waiting(self):
@@ -300,11 +314,12 @@ class Engine:
     def _run(self):
         while not self._is_stopping:
             if not self.step() and not self._is_stopping:
-                self._inbox.get()()
+                self._loop.do(self._inbox.get())
 
     def _receive(self):
-        while not self._inbox.empty():
-            self._inbox.get()()
+        with self._stepping, contextlib.suppress(queue.Empty):
+            while True:
+                self._loop.do(self._inbox.get_nowait())
 
     def _call(self, function):
         """Runs a function between two steps, and returns what it does."""
@@ -323,19 +338,11 @@ class Engine:
             self._receive()
         return future.result()
 
-    def _read(self, ticket, pieces):
-        try:
-            while True:
-                while self._thread is None and pieces.empty():
-                    self.step()
-                piece = pieces.get()
-                if isinstance(piece, Failure):
-                    raise piece.error
-                yield piece
-                if piece.finish_reason:
-                    return
-        finally:
-            ticket.cancel()
+    def _step_by_reader(self):
+        if self._thread is not None:
+            return False
+        self.step()
+        return True
 
     def _slot(self, slot):
         slots = self._loop.scheduler.slots
@@ -357,15 +364,22 @@ class Engine:
 
 
 def _root(salt, settings):
-    return f"{salt}|{reduction_lib.describe(settings)}"
+    return f"{reduction_lib.describe(settings)}|{salt}"
+
+
+def _salt(root):
+    return root.partition("|")[2]
 
 
 def _describe(slot: Slot) -> SlotInfo:
     job, kept = slot.job, slot.kept
+    if job is None and kept is None:
+        return SlotInfo(id=slot.id)
     if job is None:
-        return SlotInfo(id=slot.id, num_kept=len(kept.tokens) if kept else 0)
+        return SlotInfo(id=slot.id, salt=_salt(kept.root), num_kept=len(kept.tokens))
     return SlotInfo(
         id=slot.id,
+        salt=_salt(job.root),
         is_busy=True,
         request_id=job.id,
         num_prompt=job.num_prompt,

@@ -5,6 +5,7 @@ A request that fails ends alone. Only a failure that took the rows of the pool a
 
 import collections
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -55,7 +56,7 @@ class Loop:
             self._execute(plan)
         except Exception as error:
             self._log("a step failed")
-            self._recover(error)
+            self.do(functools.partial(self._recover, error))
             return bool(self.scheduler.running or self.scheduler.waiting)
         except BaseException as error:  # an interrupt
             self._recover(error)
@@ -70,11 +71,31 @@ class Loop:
             self._end(ticket, Piece(token=-1, text=ticket.text.flush(), finish_reason="cancel"))
 
     def fail_all(self, error: BaseException) -> int:
-        """Ends all that run and wait with a failure, and returns how many those were."""
+        """Ends all that run and wait with a failure, and returns how many those were; no row is kept."""
         tickets = [*self.scheduler.running, *self.scheduler.waiting]
+        self._renew([])
         for ticket in tickets:
-            self._fail(ticket, error)
+            self._fail(ticket, error, _forget)  # whatever state its scheduler was in
         return len(tickets)
+
+    def do(self, function: Callable[[], None]) -> None:
+        """Runs a function between two steps. If it fails, so do all that run and wait."""
+        try:
+            function()
+        except Exception as error:
+            self._log("what was to be done between two steps failed")
+            self.fail_all(error)
+
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Ends those who run, and starts anew, if a call to the device in it takes the rows along."""
+        try:
+            yield
+        except Exception as error:
+            if not self._device.is_sound:
+                self._at_work = ()
+                self._recover(error)
+            raise
 
     def _steps_wanted(self):
         """Returns how many tokens to draw between two looks of the host; a first one comes alone."""
@@ -172,8 +193,8 @@ class Loop:
         with contextlib.suppress(Exception):  # it has ended, whatever its listener makes of it
             ticket.listener(last)
 
-    def _fail(self, ticket, error):
-        self._out(ticket, self.scheduler.discard)
+    def _fail(self, ticket, error, how):
+        self._out(ticket, how)
         self.counts["failed"] += 1
         with contextlib.suppress(Exception):
             ticket.listener(Failure(message=f"the request failed: {error}.", error=error))
@@ -188,13 +209,14 @@ class Loop:
 
     @contextlib.contextmanager
     def _blaming(self, ticket) -> Iterator[None]:
-        """Ends a ticket whose own text, grammar or listener fails."""
+        """Ends a ticket whose own text, grammar or listener fails; its rows are sound if they are finite."""
         try:
             yield
         except Exception as error:
             self._log(f"request {ticket.id} failed")
             if not ticket.has_ended:
-                self._fail(ticket, error)
+                is_sound = not isinstance(error, ArithmeticError)
+                self._fail(ticket, error, self.scheduler.finish if is_sound else self.scheduler.discard)
 
     def _log(self, what):
         if self.logs_failures:
@@ -204,16 +226,24 @@ class Loop:
         """Ends those who were at work; where rows were lost, all that run; after a bad plan, all."""
         if self._at_work is None:
             self.fail_all(error)
+            return
+        is_sound = self._device.is_sound
+        for ticket in [*self._at_work, *(() if is_sound else self.scheduler.running)]:
+            if not ticket.has_ended:
+                self._fail(ticket, error, self.scheduler.discard)
+        if is_sound:
+            self.scheduler.settle()
         else:
-            is_sound = self._device.is_sound
-            for ticket in [*self._at_work, *(() if is_sound else self.scheduler.running)]:
-                if not ticket.has_ended:
-                    self._fail(ticket, error)
-            if is_sound:
-                self.scheduler.settle()
-                return
+            self._renew(self.scheduler.waiting)
+
+    def _renew(self, waiting):
+        """Begins anew with an empty pool and those who wait."""
         self.counts["preemptions"] += self.scheduler.num_preemptions
-        waiting, self.scheduler = self.scheduler.waiting, self._new_scheduler()
+        self.scheduler = self._new_scheduler()
         for ticket in waiting:
             self.scheduler.submit(ticket)
         self._device.reset()
+
+
+def _forget(ticket):
+    ticket.slot = None

@@ -2,11 +2,12 @@
 
 A full page is known by a hash over everything that its rows depend on: the tokens up to its end, the
 expert reduction, and the salt of who asked. Pages that nobody runs on are freed when room is needed, those
-first that were not asked for longest, and a page never before the pages that come after it.
+first that were not asked for longest, and of a prompt the last page first.
 """
 
 import collections
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -40,11 +41,6 @@ class PrefixCache:
     def __len__(self):
         return len(self._pages)
 
-    @property
-    def num_evictable(self) -> int:
-        """Pages that nobody but this cache has."""
-        return sum(self._table.num_owners(page) == 1 for page in self._pages.values())
-
     def find(self, keys: Sequence[bytes]) -> list[int]:
         """Returns the pages of the longest known beginning of `keys`, which counts as used now."""
         found = []
@@ -70,7 +66,7 @@ class PrefixCache:
     def evict(self, count: int) -> int:
         """Frees up to `count` pages that nobody else has, the least used first, and returns how many."""
         idle = (key for key, page in self._pages.items() if self._table.num_owners(page) == 1)
-        chosen = [key for key, _ in zip(idle, range(count), strict=False)]
+        chosen = list(itertools.islice(idle, count))
         for key in chosen:
             self._drop(key)
         return len(chosen)

@@ -33,6 +33,7 @@ class Job:
       num_cached: how many of them it found.
       pages: its name in the page table; None while it waits.
       slot: where it runs; None while it waits.
+      newest_slot: where it runs or ran; None if it never did.
       keys: of the full pages of its prompt, once they were asked for.
       swapped: its rows on the host, if it was swapped out.
     """
@@ -45,6 +46,7 @@ class Job:
     num_cached: int = 0
     pages: int | None = None
     slot: int | None = None
+    newest_slot: int | None = None
     keys: list[bytes] | None = None
     swapped: Any = None
 
@@ -237,14 +239,12 @@ class Scheduler:
         Raises:
           PoolExhausted: if there is no room for them.
         """
+        needed = self.table.pages_for(len(tokens))
+        if not self._make_room(needed):
+            raise PoolExhausted(f"{needed} pages of {self.table.page_size} tokens must be free, got fewer.")
         self.erase(slot)
         pages = self.table.open()
-        self._make_room(self.table.needed(pages, len(tokens)))
-        try:
-            self.table.append(pages, len(tokens))
-        except PoolExhausted:
-            self.table.free(pages)
-            raise
+        self.table.append(pages, len(tokens))
         slot.kept = Kept(pages, list(tokens), root)
         return self.table.pages(pages)
 
@@ -259,14 +259,18 @@ class Scheduler:
             job.keys = page_keys(job.tokens[: job.num_prompt - 1], self.table.page_size, job.root)
         return job.keys
 
-    def _make_room(self, count):
-        """Frees pages that nobody runs on until `count` are free; returns whether they are."""
+    def _make_room(self, count, own=None):
+        """Frees pages that neither who runs nor `own` has until `count` are free; False if that cannot be."""
+        if self.table.num_free >= count:
+            return True
+        taken = self._taken() | set(() if own is None else self.table.pages(own))
+        if self.table.num_pages - len(taken) < count:
+            return False
         kept = sorted((slot for slot in self.slots if slot.kept), key=lambda slot: slot.used)
-        while True:
-            self.prefix.evict(max(0, count - self.table.num_free))
-            if self.table.num_free >= count or not kept:
-                return self.table.num_free >= count
-            self.erase(kept.pop(0))
+        while self.table.num_free < count:
+            if not self.prefix.evict(count - self.table.num_free):
+                self.erase(kept.pop(0))
+        return True
 
     def _make_room_to_draw(self, ready, num_steps):
         """Swaps out those who came last until the others have room; returns the steps and who leaves."""
@@ -305,15 +309,19 @@ class Scheduler:
         if self._running and not self._fits(job, found):
             return False
         slot, shared = self._choose_slot(job, idle)
-        if not self._attach(job, slot, found, shared, copies):
-            self._attach(job, slot, [], 0, copies)  # alone it fits, if nothing but its own pages is held
-        slot.job, job.slot = job, slot.id
+        if not (self._attach(job, slot, found, shared, copies) or self._attach(job, slot, [], 0, copies)):
+            job.pages = None
+            return False  # until others have ended: alone it fits
+        slot.job, job.slot, job.newest_slot = job, slot.id, slot.id
         self._running.append(job)
         return True
 
+    def _taken(self):
+        return set(itertools.chain.from_iterable(self.table.pages(job.pages) for job in self._running))
+
     def _fits(self, job, found):
         """Whether a job can run beside the others, each of which may soon need a page more."""
-        taken = set(itertools.chain.from_iterable(self.table.pages(other.pages) for other in self._running))
+        taken = self._taken()
         needed = self.table.pages_for(len(job.tokens)) + 1 - len(taken.intersection(found))
         return needed + len(taken) + len(self._running) <= self.table.num_pages
 
@@ -328,7 +336,7 @@ class Scheduler:
         length = self.table.length(job.pages)
         num_rows = length if job.swapped is None else job.num_rows
         num_more = max(num_rows, job.num_prompt - 1) - length
-        if not self._make_room(self.table.needed(job.pages, num_more)):
+        if not self._make_room(self.table.needed(job.pages, num_more), job.pages):
             self.table.free(job.pages)
             return False
         copies += self.table.append(job.pages, num_more)
@@ -358,12 +366,10 @@ class Scheduler:
             if job.is_prefilled or not widths:
                 continue
             self._look_again(job)
-            rest = job.tokens[job.num_rows : job.num_prompt - 1]
-            if not rest:
-                continue
-            count, width = steps.split_prompt(len(rest), widths[-1])[0]
-            pieces.append(Piece(job, rest[:count], job.num_rows, width))
-            budget -= width
+            if rest := job.tokens[job.num_rows : job.num_prompt - 1]:
+                count, width = steps.split_prompt(len(rest), widths[-1])[0]
+                pieces.append(Piece(job, rest[:count], job.num_rows, width))
+                budget -= width
         return pieces
 
     def _look_again(self, job):

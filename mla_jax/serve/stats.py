@@ -58,6 +58,7 @@ class SlotInfo:
 
     Attributes:
       id: from 0 on.
+      salt: of who asked.
       is_busy: whether a request runs in it.
       request_id: of that request.
       num_prompt: tokens of its prompt.
@@ -68,6 +69,7 @@ class SlotInfo:
     """
 
     id: int
+    salt: str = ""
     is_busy: bool = False
     request_id: int | None = None
     num_prompt: int = 0

@@ -17,6 +17,7 @@ from mla_jax.serve.request import Draining, Failure, QueueFull, Request
 needs_kernels = pytest.mark.skipif(
     not cpu_kernels.available(), reason="without CPU kernels texts are alike up to rounding"
 )
+SHARED = (0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193)  # up to three pages, and a token on either side
 RNG = np.random.default_rng(3)
 
 
@@ -64,6 +65,23 @@ def _run(engine, requests):
 def _alone(model, request):
     model.engine.forget()
     return _run(model.engine, [request])[0]
+
+
+def _pieces(engine, request):
+    """Returns what a request hears, logprobs and all."""
+    _, heard = _submit(engine, [request])
+    while engine.step():
+        pass
+    return heard[0]
+
+
+def _rope_type(cache_type):
+    return "f16" if cache_type in config_lib.QUANTISED_CACHE_TYPES else None  # its rows are of 16 numbers
+
+
+def _that_parts(base, shared):
+    """Returns a prompt that begins as `base` does, and parts from it after `shared` tokens."""
+    return (*base[:shared], 3 + (base[shared] - 2) % 317, *_prompt(9))
 
 
 def _mixed(config, size=320):
@@ -116,18 +134,32 @@ def test_being_swapped_out_changes_no_text(load):
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_warm_is_cold(load, settings):
-    rope = "f16" if settings["cache_type"] in config_lib.QUANTISED_CACHE_TYPES else None  # rows of 16 numbers
-    model = load(ubatch=32, cache_type_rope=rope, **settings)
+    model = load(ubatch=32, cache_type_rope=_rope_type(settings["cache_type"]), **settings)
     base = _prompt(200)
-    for shared in (0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193):
-        other = 3 + (base[shared] - 2) % 317  # not what comes in `base`
-        request = _request((*base[:shared], other, *_prompt(9)), 8)
+    for shared in SHARED:
+        request = _request(_that_parts(base, shared), 8)
         cold = _alone(model, request)
         model.engine.forget()
         _run(model.engine, [_request(base, 1)])
         before = model.engine.stats().cached_tokens
         assert _run(model.engine, [request]) == [cold]
         assert model.engine.stats().cached_tokens - before == shared
+
+
+@needs_kernels
+@pytest.mark.parametrize("cache_type", config_lib.CACHE_TYPES)
+def test_warm_logits_are_cold(load, cache_type):
+    model = load(ubatch=32, cache_type=cache_type, cache_type_rope=_rope_type(cache_type))
+    engine, base = model.engine, _prompt(200)
+    for shared in SHARED:
+        request = _request(_that_parts(base, shared), 8, ignore_eos=True, num_logprobs=20)
+        engine.forget()
+        cold = _pieces(engine, request)
+        engine.forget()
+        _run(engine, [_request(base, 1, num_logprobs=0)])
+        before = engine.stats().cached_tokens
+        assert _pieces(engine, request) == cold and len(cold) == 8
+        assert engine.stats().cached_tokens - before == shared
 
 
 def test_two_salts_share_no_rows(load):

@@ -277,3 +277,32 @@ def test_logits_that_are_not_finite_end_their_request_alone(drawn):
     run(engine)
     again.check()
     assert_nothing_is_left(engine)
+
+
+def test_who_fails_of_his_own_leaves_the_rows_of_his_prompt_to_others():
+    engine = make_engine()
+    bad = Answer(engine, make_request(PROMPT, 9, grammar=Digits("accept")))
+    run(engine)
+    assert bad.failed
+    answer = Answer(engine, make_request(PROMPT, 9))
+    run(engine)
+    answer.check()
+    assert answer.ticket.num_cached == 19
+
+
+@pytest.mark.parametrize("what", ["discard", "plan", "finish"])
+def test_a_scheduler_that_breaks_ends_who_is_there_and_no_one_else(what, monkeypatch):
+    engine = make_engine(num_slots=2)
+    answers = [Answer(engine, request) for request in mixed_requests(6)]
+    engine.step()
+    monkeypatch.setattr(engine._loop.scheduler, what, None)  # what is called fails
+    answers[0].ticket.cancel()
+    if what == "discard":
+        engine._device.faults.append(Fault("decode", 0, RuntimeError("the device stumbled"), False))
+    run(engine)
+    assert all(answer.failed or answer.heard[-1].finish_reason for answer in answers)
+    assert any(answer.failed for answer in answers)
+    again = Answer(engine, make_request(PROMPT, 9))
+    run(engine)
+    again.check()
+    assert_nothing_is_left(engine)

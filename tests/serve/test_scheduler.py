@@ -392,3 +392,30 @@ def test_rows_of_a_request_that_failed_are_found_nowhere():
     assert [slot.kept is not None for slot in bench.scheduler.slots] == [True, False, False]
     bench.discard(jobs[1])
     assert bench.scheduler.table.num_free == 20
+
+
+def test_a_request_waits_for_pages_that_only_seemed_to_be_shared():
+    """Its beginning is kept twice: on the pages of one who runs, and on others of an idle slot."""
+    scheduler = Scheduler(num_slots=2, num_pages=24, page_size=4, widths=(32,))
+    beginning = list(range(22))
+    first = make_job(beginning, 8)
+    scheduler.submit(first)
+    for piece in scheduler.plan(lambda: 1).prefill:
+        scheduler.wrote(piece)
+    scheduler.keep(scheduler.slots[1], [*beginning[:-1], 7, 8], first.root)
+    second = make_job([*beginning, 7, 8, *range(50, 106)], 4)
+    scheduler.submit(second)
+    plan = scheduler.plan(lambda: 1)
+    assert plan.decode == [first] and second.pages is None and list(scheduler.waiting) == [second]
+    scheduler.finish(first)
+    assert scheduler.plan(lambda: 1).prefill[0].job is second
+
+
+def test_what_cannot_be_restored_costs_nobody_their_rows():
+    scheduler = Scheduler(num_slots=3, num_pages=12, page_size=4, widths=(32,))
+    scheduler.keep(scheduler.slots[2], range(8), "r")
+    scheduler.submit(make_job(range(100, 116), 8))
+    scheduler.plan(lambda: 1)
+    with pytest.raises(PoolExhausted):
+        scheduler.keep(scheduler.slots[1], range(40), "r")
+    assert scheduler.slots[2].kept.tokens == list(range(8))
