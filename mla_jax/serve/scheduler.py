@@ -243,10 +243,9 @@ class Scheduler:
         if not self._make_room(needed):
             raise PoolExhausted(f"{needed} pages of {self.table.page_size} tokens must be free, got fewer.")
         self.erase(slot)
-        pages = self.table.open()
-        self.table.append(pages, len(tokens))
-        slot.kept = Kept(pages, list(tokens), root)
-        return self.table.pages(pages)
+        slot.kept = Kept(self.table.open(), list(tokens), root)
+        self.table.append(slot.kept.pages, len(tokens))
+        return self.table.pages(slot.kept.pages)
 
     def _leave(self, job):
         slot = self.slots[job.slot]
