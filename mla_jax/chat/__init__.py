@@ -16,7 +16,7 @@ decoding would leave out as control tokens.
 from mla_jax.chat.answer import Answer, Delta
 from mla_jax.chat.formats import END_OF_THINK, answer_format, shown_tokens
 from mla_jax.chat.messages import checked_kwargs
-from mla_jax.chat.prompt import encode, render, starts_in_reasoning
+from mla_jax.chat.prompt import encode, render, special_texts, starts_in_reasoning
 from mla_jax.chat.templates import BUILTIN_TEMPLATES, builtin_template, template_for
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "encode",
     "render",
     "shown_tokens",
+    "special_texts",
     "starts_in_reasoning",
     "template_for",
 ]

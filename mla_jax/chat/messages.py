@@ -14,6 +14,7 @@ _RESERVED = frozenset(
     "namespace raise_exception range self strftime_now tokenize tools".split()
 )
 _VARIABLE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_MAX_STRINGS = 4096  # in further variables: special tokens are looked for in each
 
 
 def normalised(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -132,7 +133,8 @@ def checked_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     Templates know one thing as `enable_thinking` or as `thinking`: who gives one gives both.
 
     Raises:
-      ValueError: a key is no variable's name, or one that is not to be given this way.
+      ValueError: a key is no variable's name, or one that is not to be given this way; or the values hold
+        too many strings.
     """
     if kwargs is None:
         return {}
@@ -144,11 +146,28 @@ def checked_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"chat_template_kwargs must not hold the key {key!r:.60}; keys match {_VARIABLE.pattern} and "
                 "are not what a request says elsewhere."
             )
+    if _num_strings(kwargs) > _MAX_STRINGS:
+        raise ValueError(f"chat_template_kwargs must hold at most {_MAX_STRINGS} strings, got more.")
     variables = dict(kwargs)
     for key, other in (("enable_thinking", "thinking"), ("thinking", "enable_thinking")):
         if key in kwargs:
             variables.setdefault(other, kwargs[key])
     return variables
+
+
+def _num_strings(value):
+    """Returns how many strings a JSON value holds, keys included."""
+    count, left = 0, [value]
+    while left:
+        inner = left.pop()
+        if isinstance(inner, Mapping):
+            count += len(inner)
+            left += inner.values()
+        elif isinstance(inner, list | tuple):
+            left += inner
+        else:
+            count += isinstance(inner, str)
+    return count
 
 
 def to_json(value: Any, what: str) -> str:

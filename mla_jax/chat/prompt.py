@@ -81,25 +81,29 @@ def encode(
     Raises:
       ValueError: as `render`; or the prompt cannot be encoded, see `Tokenizer.encode`.
     """
-    vocabulary = tokenizer.vocabulary
     template = templates_lib.template_for(tokenizer) if template is None else template
     given = messages_lib.normalised(messages), messages_lib.checked_tools(tools)
     given = (*given, messages_lib.checked_kwargs(kwargs))
     written = messages_lib.to_json(given, "what the chat template is given")
     stand_ins = StandIns(tokenizer, written + template)
     clean = [_hidden(message, stand_ins) for message in given[0]]
-    text = lambda token: "" if token is None else vocabulary.tokens[token]
-    bos_token = text(vocabulary.bos_id)
+    texts = special_texts(tokenizer)
     variables = dict(
         stand_ins.hide(given[2]),
         add_generation_prompt=add_generation_prompt,
-        bos_token=bos_token,
-        eos_token=text(vocabulary.eos_id),
+        **texts,
     )
     prompt = _write(clean, template, stand_ins.hide(given[1]), variables)
-    add_special = not (bos_token and prompt.startswith(bos_token))
+    add_special = not (texts["bos_token"] and prompt.startswith(texts["bos_token"]))
     prompt = stand_ins.unescape(prompt)
     return tokenizer.encode(prompt, add_special=add_special, stand_ins=stand_ins.of(prompt))
+
+
+def special_texts(tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns `bos_token` and `eos_token` as templates see them, empty where there is none."""
+    vocabulary = tokenizer.vocabulary
+    ids = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
+    return {name: "" if token is None else vocabulary.tokens[token] for name, token in ids.items()}
 
 
 def starts_in_reasoning(ids: Sequence[int], tokenizer: Tokenizer) -> bool:

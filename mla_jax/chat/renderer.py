@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +12,18 @@ from mla_jax.chat import sandbox
 
 _SECONDS_UPPER = 60  # of wall time: only reached when the machine has no time for the process
 _SECONDS_TO_END = 1
+
+_TOLD = ("HOME", "LANG", "PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "TZ", "VIRTUAL_ENV")
+_TOLD_BEGINNINGS = ("DYLD_", "LC_", "LD_", "PYTHON")
+
+
+def environment() -> dict[str, str]:
+    """Returns the variables of this process that Python itself needs: of keys others need not know."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.upper() in _TOLD or name.upper().startswith(_TOLD_BEGINNINGS)
+    }
 
 
 class Renderer:
@@ -75,6 +88,7 @@ class Renderer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env=environment(),
             start_new_session=True,  # Ctrl-C at a terminal is for this process alone
         )
 

@@ -22,6 +22,7 @@ except ImportError:  # not on Windows: the limit of wall time alone is left
 
 CPU_SECONDS_UPPER = 2
 MEMORY_BYTES_UPPER = 512 << 20
+_FILES_UPPER = 32  # modules are still to be imported
 _PROMPT_CHARS_UPPER = 1 << 20
 
 # Whatever an expression of a template can raise, as far as Python's own types and jinja2 do.
@@ -143,6 +144,8 @@ def _main():
     if resource is not None:
         _limit(resource.RLIMIT_AS, MEMORY_BYTES_UPPER)
         _limit(resource.RLIMIT_CORE, 0)
+        _limit(resource.RLIMIT_FSIZE, 0)  # pipes are no files
+        _limit(resource.RLIMIT_NOFILE, _FILES_UPPER)
     for line in sys.stdin.buffer:
         if resource is not None:
             _limit_time()

@@ -8,6 +8,7 @@ puts the character back once special tokens have been found. Text without specia
 
 import itertools
 import json
+import re
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -33,12 +34,28 @@ class _Tokens:
             if kind in (CONTROL, UNKNOWN)
             or (kind == USER_DEFINED and text[0] == "<" and text[-1] == ">" and text not in _THINK)
         }
-        self.texts = sorted(special, key=len, reverse=True)
-        self.firsts = {text[0] for text in special}
+        self.texts = frozenset(special)
         self.heads = {text[:end] for text in special for end in range(1, len(text))}
         self.tails = {text[start:] for text in special for start in range(1, len(text))}
         self.longest = max(map(len, special), default=0)
         self.characters = sorted(set("".join(special)))
+        self._first = (
+            re.compile(f"[{re.escape(''.join({text[0] for text in special}))}]") if special else None
+        )
+
+    def places(self, text: str) -> list[int]:
+        """Returns where in `text` special tokens begin. It takes time by the length of the text alone."""
+        found = self._first.finditer(text) if self._first else ()
+        return [match.start() for match in found if self._begins(text, match.start())]
+
+    def _begins(self, text, start):
+        for end in range(start + 1, min(start + self.longest, len(text)) + 1):
+            part = text[start:end]
+            if part in self.texts:
+                return True
+            if part not in self.heads:
+                return False
+        return False
 
 
 _KNOWN: weakref.WeakKeyDictionary[Tokenizer, _Tokens] = weakref.WeakKeyDictionary()
@@ -94,10 +111,12 @@ class StandIns:
 
     def _hide(self, text):
         tokens = self._tokens
-        if any(first in text for first in tokens.firsts):
-            for token in tokens.texts:
-                while token in text:
-                    text = text.replace(token, self._stand_in[token[0]] + token[1:])
+        places = tokens.places(text)
+        if places:
+            characters = list(text)
+            for place in places:
+                characters[place] = self._stand_in[text[place]]
+            text = "".join(characters)
         ends = range(1, min(len(text), tokens.longest) + 1)
         # What begins a token here could end with what the template writes next, and the other way round.
         for head in (end for end in reversed(ends) if text[-end:] in tokens.heads):

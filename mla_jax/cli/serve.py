@@ -4,10 +4,12 @@ import ipaddress
 import json
 import os
 import pathlib
+import socket
 
 from mla_jax import chat
 from mla_jax.cli import loading
 from mla_jax.cli.argv import UsageError
+from mla_jax.serve import grammar
 from mla_jax.serve.http import access, server
 from mla_jax.serve.http.service import Service, Settings
 
@@ -39,6 +41,7 @@ def serve(values):
             loading.tell("the file has no chat template, so turns are written as its family does")
         if values.warmup:
             model.engine.warm_up(_tell_progress)
+            grammar.prepare(model.tokenizer)
         service = Service(
             model,
             Settings(
@@ -54,7 +57,6 @@ def serve(values):
             service,
             bound,
             drain_seconds=values.drain_seconds,
-            num_threads=values.threads_http,
             started=lambda: loading.tell(f"serving {settings['alias']} at {address}"),
             ssl_certificate=values.ssl_cert_file,
             ssl_key=values.ssl_key_file,
@@ -103,6 +105,7 @@ def _settings(values):
         has_page=values.webui,
         has_slots=values.slots,
         has_metrics=values.metrics,
+        num_threads=values.threads_http,
         body_bytes=values.max_body_bytes,
         answer_seconds=float(values.max_seconds),
         send_seconds=float(values.timeout),
@@ -151,6 +154,8 @@ def _hosts(values, bound, keys):
     hosts = _list(values.allowed_hosts)
     if not hosts and address.is_loopback:
         hosts = (*access.LOOPBACK_HOSTS, values.host)
+    elif not hosts and not keys:
+        hosts = (access.ADDRESSES, "localhost", socket.gethostname(), values.host)
     return dict(hosts=hosts)
 
 

@@ -18,15 +18,15 @@ ALIASES = flags_lib.ALIASES | {
     "typical_p": "typical",
 }
 
-_TEMPLATES = "requests bring grammars of their own, in `grammar`, `json_schema` or `response_format`."
+_GRAMMARS = "requests bring grammars of their own, in `grammar`, `json_schema` or `response_format`."
 REFUSED = {key: why for key, why in flags_lib.REFUSED.items() if key != "parallel"} | {
     "file": "a server is given its prompts by requests.",
     "escape": "a server is given its prompts by requests.",
     "prompt": "a server is given its prompts by requests.",
     "system_prompt": "requests bring a system message of their own.",
-    "grammar": _TEMPLATES,
-    "grammar_file": _TEMPLATES,
-    "json_schema": _TEMPLATES,
+    "grammar": _GRAMMARS,
+    "grammar_file": _GRAMMARS,
+    "json_schema": _GRAMMARS,
     "embedding": "this server generates text and makes no embeddings.",
     "rerank": "this server generates text and ranks none.",
     "pooling": "this server generates text and makes no embeddings.",

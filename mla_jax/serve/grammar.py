@@ -12,10 +12,10 @@ most 20 spaces or tabs, so that no model idles there.
 """
 
 import collections
-import functools
+import contextlib
 import json
 import pathlib
-import select
+import selectors
 import subprocess
 import sys
 import threading
@@ -26,6 +26,7 @@ import llguidance
 import numpy as np
 
 from mla_jax import tokenizer as tokenizer_lib
+from mla_jax.chat import renderer
 from mla_jax.serve import gbnf, grammar_child, request
 
 KINDS = ("json_object", "json_schema", "grammar", "regex", "tool_choice")
@@ -37,6 +38,8 @@ _QUEUE_SECONDS = 5.0
 _SPARE_SECONDS, _SECONDS_PER_TOKEN = 1.0, 0.03  # of CPU time that one text may take for its masks
 _NO_FORCING = '%llguidance {"no_forcing": true}'  # else only the usual tokens of a forced text are allowed
 _WHITE_SPACE = r" |\n[ \t]{0,20}"
+_COMPILERS: "weakref.WeakKeyDictionary[tokenizer_lib.Tokenizer, Compiler]" = weakref.WeakKeyDictionary()
+_BUILDING = threading.Lock()
 _SCRIPT = pathlib.Path(grammar_child.__file__)
 
 
@@ -58,9 +61,23 @@ def compile(kind: str, text: str, tokenizer: tokenizer_lib.Tokenizer) -> "Compil
     return _compiler(tokenizer).compile(kind, text)
 
 
-@functools.lru_cache(maxsize=2)
+def kept(kind: str, text: str, tokenizer: tokenizer_lib.Tokenizer) -> "CompiledGrammar | None":
+    """Returns the grammar of `text` at once, if `compile` was given it lately; None if not. Thread-safe."""
+    compiler = _COMPILERS.get(tokenizer)
+    return None if compiler is None else compiler.kept(kind, text)
+
+
+def prepare(tokenizer: tokenizer_lib.Tokenizer) -> None:
+    """Does what the first grammar of a vocabulary would wait for: half a second, for a large vocabulary."""
+    with contextlib.suppress(ValueError, RuntimeError):  # which the first grammar will be told
+        compile("json_object", "", tokenizer)
+
+
 def _compiler(tokenizer):
-    return Compiler(tokenizer)
+    with _BUILDING:
+        if tokenizer not in _COMPILERS:
+            _COMPILERS[tokenizer] = Compiler(tokenizer)
+        return _COMPILERS[tokenizer]
 
 
 class CompiledGrammar:
@@ -86,14 +103,16 @@ class TextMatcher:
         """Returns which tokens may come next: u32[ceil(W / 32)], token i in bit i % 32 of word i // 32.
 
         Raises:
-          RuntimeError: the grammar has become too complex to go on, or leaves no token of the vocabulary.
+          request.GrammarFailed: it has become too complex to go on, or leaves no token of the vocabulary.
         """
         if self._mask is None:
             bits = self._timed(self._matcher.compute_bitmask)
             self._check()
             mask = np.frombuffer(bits, np.uint32)[: len(self._allowed)] & self._allowed
             if not mask.any():
-                raise RuntimeError("grammar must leave a token of the vocabulary to go on with, got none.")
+                raise request.GrammarFailed(
+                    "grammar must leave a token of the vocabulary to go on with, got none."
+                )
             mask.flags.writeable = False
             self._mask = mask
         return self._mask
@@ -103,7 +122,7 @@ class TextMatcher:
 
         Raises:
           ValueError: the grammar does not allow it. The matcher stays where it was.
-          RuntimeError: as `mask`.
+          request.GrammarFailed: as `mask`.
         """
         word, bit = divmod(token, 32)
         mask = self.mask()
@@ -116,14 +135,14 @@ class TextMatcher:
     def _check(self):
         if self._matcher.is_error():
             error = _sentence(self._matcher.get_error())
-            raise RuntimeError(f"grammar must stay simple enough to follow: {error}.")
+            raise request.GrammarFailed(f"grammar must stay simple enough to follow: {error}.")
 
     def _timed(self, method, *args):
         start = time.thread_time()
         result = method(*args)
         self._seconds = min(self._seconds + _SECONDS_PER_TOKEN, _SPARE_SECONDS) - (time.thread_time() - start)
         if self._seconds < 0:
-            raise RuntimeError(
+            raise request.GrammarFailed(
                 f"grammar must take at most {_SECONDS_PER_TOKEN} s a token to follow, got more for a while."
             )
         return result
@@ -149,22 +168,29 @@ class Compiler:
         self._vocabulary = {"tokens": texts, "special": special, "ends": ends}
         self._kept: collections.OrderedDict[tuple[str, str], CompiledGrammar] = collections.OrderedDict()
         self._child: _Child | None = None
-        self._lock = threading.Lock()
+        self._lock, self._kept_lock = threading.Lock(), threading.Lock()  # of compiling, and of what is kept
 
     def compile(self, kind: str, text: str) -> CompiledGrammar:
         """Returns the grammar of `text`; as the function `compile`."""
+        compiled = self.kept(kind, text)
+        if compiled is not None:
+            return compiled
         _check(kind, text)
         if not self._lock.acquire(timeout=_QUEUE_SECONDS):
             raise request.QueueFull("too many grammars are being compiled.")
         try:
-            if (kind, text) not in self._kept:
-                self._kept[kind, text] = self._compile(kind, text)
-            self._kept.move_to_end((kind, text))
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-            return self._kept[kind, text]
+            compiled = self.kept(kind, text)  # by who had the lock before
+            return self._compile(kind, text) if compiled is None else compiled
         finally:
             self._lock.release()
+
+    def kept(self, kind: str, text: str) -> CompiledGrammar | None:
+        """Returns the grammar of `text` if it was compiled lately, whatever is being compiled now."""
+        with self._kept_lock:
+            compiled = self._kept.get((kind, text))
+            if compiled is not None:
+                self._kept.move_to_end((kind, text))
+            return compiled
 
     def _compile(self, kind, text):
         source = _SOURCES[kind](text)
@@ -179,7 +205,16 @@ class Compiler:
         if error:
             raise ValueError(f"{kind} must be one that can be followed: {_sentence(error)}.")
         allowed = self._all if kind == "tool_choice" else self._allowed
-        return CompiledGrammar(grammar_child.open_matcher(self._tokenizer, source), allowed)
+        compiled = CompiledGrammar(grammar_child.open_matcher(self._tokenizer, source), allowed)
+        try:
+            compiled.start().mask()  # the trial knows of no token that is not allowed
+        except request.GrammarFailed as error:
+            raise ValueError(str(error)) from None
+        with self._kept_lock:
+            self._kept[kind, text] = compiled
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return compiled
 
 
 class _Child:
@@ -191,6 +226,7 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env=renderer.environment(),
             start_new_session=True,  # an interrupt from the terminal is not for it
         )
         self._end = weakref.finalize(self, _end, self._process)
@@ -202,14 +238,18 @@ class _Child:
         try:
             self._process.stdin.write(json.dumps(value).encode() + b"\n")
             self._process.stdin.flush()
-            ready, _, _ = select.select([self._process.stdout], [], [], seconds)
-            line = self._process.stdout.readline() if ready else b""
+            line = self._process.stdout.readline() if self._has_answered(seconds) else b""
         except BrokenPipeError:
             line = b""
         if not line:
             self._end()
             return None
         return json.loads(line)
+
+    def _has_answered(self, seconds):
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            return bool(selector.select(seconds))
 
 
 def _end(process):

@@ -80,7 +80,8 @@ def _serve():
     tokens = [token.encode("latin-1") for token in first["tokens"]]
     tokenizer = build_tokenizer(tokens, first["special"], first["ends"])
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind, amount in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, 32)):
+        resource.setrlimit(kind, (amount, amount))
     print(json.dumps(""), flush=True)
     for line in sys.stdin:
         print(json.dumps(_try(tokenizer, json.loads(line))[:1000]), flush=True)

@@ -14,7 +14,7 @@ from absl import logging
 from mla_jax import steps
 from mla_jax.completion import Logprobs, Piece
 from mla_jax.serve.device import Device, Row
-from mla_jax.serve.request import Failure
+from mla_jax.serve.request import Failure, GrammarFailed
 from mla_jax.serve.scheduler import Plan, Scheduler
 from mla_jax.serve.ticket import Ticket
 
@@ -213,7 +213,8 @@ class Loop:
         try:
             yield
         except Exception as error:
-            self._log(f"request {ticket.id} failed")
+            if not isinstance(error, GrammarFailed):  # which is its sender's
+                self._log(f"request {ticket.id} failed")
             if not ticket.has_ended:
                 is_sound = not isinstance(error, ArithmeticError)
                 self._fail(ticket, error, self.scheduler.finish if is_sound else self.scheduler.discard)

@@ -15,6 +15,7 @@ __all__ = [
     "Draining",
     "Failure",
     "Grammar",
+    "GrammarFailed",
     "Matcher",
     "QueueFull",
     "Request",
@@ -28,10 +29,14 @@ class Matcher(Protocol):
     """How far a text has come in its grammar. The engine asks before each token, from its own thread."""
 
     def mask(self) -> np.ndarray:
-        """Returns which tokens may come next: u32[ceil(W / 32)], token i in bit i % 32 of word i // 32."""
+        """Returns which tokens may come next: u32[ceil(W / 32)], token i in bit i % 32 of word i // 32.
+
+        Raises:
+          GrammarFailed: nothing may.
+        """
 
     def accept(self, token: int) -> None:
-        """Goes on by a token that the mask allowed. Raises ValueError otherwise."""
+        """Goes on by a token that the mask allowed. Raises ValueError otherwise, GrammarFailed as `mask`."""
 
 
 class Grammar(Protocol):
@@ -122,6 +127,10 @@ class QueueFull(Exception):
     def __init__(self, message: str, retry_after: float = 1.0):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class GrammarFailed(RuntimeError):
+    """A text cannot go on by its grammar: the fault of who wrote the grammar, and of nobody else."""
 
 
 class Draining(Exception):

@@ -116,3 +116,15 @@ def test_thinking_has_two_names():
     assert chat.render([message], "{{ x }}{{ y }}", kwargs={"x": 1, "y": 2, "template": 3}) == "12"
     with pytest.raises(ValueError, match="chat_template_kwargs must be an object"):
         messages_lib.checked_kwargs([1])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [["<"] * 4096, {str(key): 1 for key in range(4096)}, [[["a", "b"]] * 2048]],
+    ids=["list", "keys", "nested"],
+)
+def test_further_variables_hold_few_strings(value):
+    with pytest.raises(ValueError, match="chat_template_kwargs must hold at most 4096 strings"):
+        messages_lib.checked_kwargs({"a": value})  # 4096, and the key
+    few = {"a": ["<"] * 4094, "b": [1] * 10000}
+    assert messages_lib.checked_kwargs(few)["a"] == few["a"]

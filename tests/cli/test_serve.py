@@ -1,13 +1,14 @@
 """The flags of `serve`: what they become, what is refused before a model is read, and what is told."""
 
 import os
+import socket
 
 import pytest
 
 from mla_jax import chat, generate
 from mla_jax.cli import argv, serve_flags
 from mla_jax.cli import flags as flags_lib
-from mla_jax.serve.http import server
+from mla_jax.serve.http import access, server
 
 
 @pytest.fixture
@@ -92,10 +93,18 @@ def test_a_key_of_the_environment(served, monkeypatch):
 
 
 def test_an_open_server_says_so(served):
-    found, err = served(
-        "--host", "0.0.0.0", "--allow-unauthenticated", "--no-warmup", "--chat-template", "kimi-k2"
-    )
+    found, err = served("--host", "0.0.0.0", "--allow-unauthenticated", "--no-warmup")
     assert "anyone who can reach this machine can use the model" in err
+    hosts = (access.ADDRESSES, "localhost", socket.gethostname(), "0.0.0.0")
+    assert found["service"].settings.hosts == hosts  # a name that an attacker owns can point here as well
+    found, _ = served("--host", "0.0.0.0", "--allow-unauthenticated", "--allowed-hosts", "a.example, b")
+    assert found["service"].settings.hosts == ("a.example", "b")
+    found, _ = served("--host", "0.0.0.0", "--api-key", "key-of-a-flag-0001")
+    assert found["service"].settings.hosts == ()
+
+
+def test_a_template_by_its_name(served):
+    found, _ = served("--no-warmup", "--chat-template", "kimi-k2")
     assert found["service"].settings.chat_template == chat.BUILTIN_TEMPLATES["kimi-k2"]
 
 

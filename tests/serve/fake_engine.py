@@ -38,7 +38,7 @@ class FakeEngine:
         self.waiting, self.running, self.submitted = [], [], []
         self.is_draining = self.is_stopped = self.is_stuck = self.is_full = False
         self.finished, self.rejected, self.steps, self.most_waiting, self.age = {}, 0, 0, 0, None
-        self.fails_after, self.saved = None, {}
+        self.fails_after, self.saved, self.erased = None, {}, []
         self._thread = threading.Thread(target=self._loop, daemon=True)
 
     def say(self, text, *, ends=True):
@@ -164,7 +164,8 @@ class FakeEngine:
             raise ValueError(f"{path} must be a saved cache.")
         return [5, 6, 7]
 
-    def erase_slot(self, slot):
+    def erase_slot(self, slot, salt=""):
+        self.erased.append((slot, salt))
         return 3
 
 

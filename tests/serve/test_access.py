@@ -7,12 +7,14 @@ import socket
 import pytest
 from starlette.routing import Mount
 
-from mla_jax.serve.http import server
+from mla_jax.sampler import SamplingParams
+from mla_jax.serve.http import access, server
 from mla_jax.serve.http.access import OPEN_PATHS
 from mla_jax.serve.http.application import routes
 from mla_jax.serve.http.service import salt_of
+from mla_jax.serve.stats import SlotInfo
 
-KEY = "correct horse battery"
+KEY, OTHER = "correct horse battery", "staple"
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -32,7 +34,7 @@ def walk(service):
             yield "GET", f"{route.path}/app.js"
         else:
             for method in route.methods:
-                yield method, route.path.replace("{slot:int}", "0")
+                yield method, route.path.replace("{slot}", "0")
 
 
 WRONG = {
@@ -139,6 +141,29 @@ def test_a_name_that_points_here_is_not_enough(serve, host, status):
 
 
 @pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("192.0.2.7:8080", 200),
+        ("10.0.0.1", 200),
+        ("[2001:db8::1]:8080", 200),
+        ("localhost:1", 200),
+        ("box", 200),
+        ("evil.example", 403),
+        ("10.0.0.1.evil.example", 403),
+        ("2130706433", 403),
+        ("2001:db8::1", 403),
+        ("[evil]", 403),
+        ("any address", 403),
+        ("[10.0.0.1]", 403),
+        ("", 403),
+    ],
+)
+def test_addresses_point_at_nothing_else(serve, host, status):
+    client, _, _ = serve(hosts=(access.ADDRESSES, "localhost", "box"))
+    assert client.get("/v1/models", headers={"host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
     "origin",
     [
         "https://evil.example",
@@ -169,9 +194,15 @@ def test_the_own_page_and_those_that_are_named_may_connect(serve):
         CHAT, headers={"origin": "https://ok.example", "access-control-request-method": "POST"}
     )
     assert asked.status_code == 204 and "authorization" in asked.headers["access-control-allow-headers"]
+    wanted = "authorization,content-type,x-stainless-lang,openai-organization"
+    headers = {"origin": "https://ok.example", "access-control-request-headers": wanted}
+    asked = client.options(CHAT, headers=headers | {"access-control-request-method": "POST"})
+    assert asked.headers["access-control-allow-headers"] == wanted
+    assert "access-control-request-headers" in asked.headers["vary"]
     named = client.post(CHAT, json=BODY, headers=bearer(KEY) | {"origin": "https://ok.example"})
     assert named.headers["access-control-allow-origin"] == "https://ok.example"
     assert named.headers["vary"] == "origin"
+    assert named.headers["access-control-expose-headers"] == "retry-after"
     assert client.post(CHAT, json=BODY, headers={"origin": "https://ok.example"}).status_code == 401
 
 
@@ -204,17 +235,33 @@ SLOT = "/slots/1"
 
 
 def test_slots_are_saved_by_name(serve, tmp_path):
-    client, engine, _ = serve(slot_folder=tmp_path, api_keys=(KEY,))
-    act = lambda action, name="a.bin": client.post(
-        f"{SLOT}?action={action}", json={"filename": name}, headers=bearer(KEY)
+    client, engine, _ = serve(slot_folder=tmp_path, api_keys=(KEY, OTHER))
+    act = lambda action, name="a.bin", key=KEY: client.post(
+        f"{SLOT}?action={action}", json={"filename": name}, headers=bearer(key)
     )
     saved = act("save").json()
     assert (saved["id_slot"], saved["filename"], saved["n_saved"], saved["n_written"]) == (1, "a.bin", 3, 5)
-    assert engine.saved == {"a.bin": salt_of(KEY.encode())} and saved["timings"]["save_ms"] >= 0
+    salt = salt_of(KEY.encode())
+    assert engine.saved == {f"{salt[:16]}-a.bin": salt} and saved["timings"]["save_ms"] >= 0
     restored = act("restore").json()
     assert (restored["n_restored"], restored["n_read"]) == (3, 5)
     assert act("erase").json() == {"id_slot": 1, "n_erased": 3}
     assert act("save").status_code == 200  # over what is there
+    stranger = act("restore", key=OTHER)
+    assert (stranger.status_code, stranger.json()["error"]["message"]) == (
+        404,
+        "there is no saved slot a.bin.",
+    )
+    act("erase", key=OTHER)
+    assert engine.erased == [(1, salt), (1, salt_of(OTHER.encode()))]
+
+
+def test_how_a_slot_draws_is_told_to_its_key_alone(serve):
+    client, engine, _ = serve(api_keys=(KEY, OTHER))
+    info = SlotInfo(id=0, salt=salt_of(KEY.encode()), is_busy=True, sampling=SamplingParams(seed=77))
+    engine.slots = lambda: [info]
+    told = {key: client.get("/slots", headers=bearer(key)).json()[0]["params"] for key in (KEY, OTHER)}
+    assert told[KEY]["seed"] == 77 and told[OTHER] == {}
 
 
 NAMES = [
@@ -278,7 +325,10 @@ def test_slots_are_plain_files(serve, tmp_path, action, kind):
         ("/slots/99999999999999999999?action=erase", 404),
         ("/slots/-1?action=erase", 404),
         ("/slots/x?action=erase", 404),
+        ("/slots/%D9%A0?action=erase", 404),
+        (f"/slots/{'9' * 5000}?action=erase", 404),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_slots_that_there_are_not(serve, tmp_path, path, status):
     client, _, _ = serve(slot_folder=tmp_path)

@@ -139,15 +139,6 @@ def test_reasoning_is_free_until_it_ends(kind):
     assert calls and not content
 
 
-def test_reasoning_also_ends_letter_by_letter():
-    tokenizer = tokenizer_of("json", CONTROL)
-    inner = grammar.compile("regex", "ab", tokenizer)
-    matcher = AfterReasoning(inner, tokenizer, "</think>").start()
-    for token in map(tokenizer.vocabulary.tokens.index, "so</think>ab"):
-        matcher.accept(token)
-    assert allowed(matcher) == [0]
-
-
 def test_every_format_but_that_of_tags_has_a_grammar():
     assert {*forced_call.FORMS, "glm-4.5"} == set(FORMATS)
     kimi = forced_call.grammar(TOOLS, "kimi-k2", {}, is_single=True)

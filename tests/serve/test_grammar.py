@@ -329,6 +329,7 @@ def test_a_grammar_that_means_harm_works_or_is_refused_in_time(packaged, name):
         ("json_schema", '{"$ref": "#"}', "json_schema must be one that can be followed: no text matches it"),
         ("regex", r"(a)\1", "regex must be one that can be followed: backreferences are not supported"),
         ("grammar", "root ::= a", "grammar must define each rule that it uses, got no rule 'a'"),
+        ("grammar", "%llguidance {}\nstart: <[0]>", "grammar must leave a token of the vocabulary to go on"),
     ],
 )
 def test_refused_with_a_sentence(tiny, kind, text, sentence):
@@ -336,8 +337,16 @@ def test_refused_with_a_sentence(tiny, kind, text, sentence):
         grammar.compile(kind, text, tiny)
 
 
+def test_a_grammar_that_leads_nowhere_later_on_fails_there(tiny):
+    matcher = grammar.compile("grammar", '%llguidance {}\nstart: "a" <[0]> "b"', tiny).start()
+    with pytest.raises(request.GrammarFailed, match="grammar must leave a token of the vocabulary"):
+        matcher.accept(TINY.tokens.index("a"))
+        matcher.mask()
+
+
 def test_a_vocabulary_must_have_an_end():
     vocabulary = Vocabulary(tokens=tuple(BYTE_CHARACTERS), token_types=(1,) * 256, merges=(), pre="default")
+    grammar.prepare(Tokenizer(vocabulary))
     with pytest.raises(ValueError, match="must have an end-of-generation token"):
         grammar.compile("json_object", "", Tokenizer(vocabulary))
 
@@ -350,6 +359,22 @@ def test_compiled_grammars_are_kept_and_the_oldest_dropped(tiny, monkeypatch):
     compiler.compile("regex", "c")
     assert compiler.compile("regex", "a") is first
     assert compiler.compile("regex", "b") is not second
+
+
+def test_a_kept_grammar_waits_for_nobody(tiny):
+    assert grammar.kept("regex", "kept", Tokenizer(TINY)) is None
+    compiler, compiled = grammar.Compiler(tiny), grammar.compile("regex", "kept", tiny)
+    found = compiler.compile("regex", "kept")
+    with compiler._lock:
+        assert compiler.compile("regex", "kept") is found is compiler.kept("regex", "kept")
+    assert grammar.kept("regex", "kept", tiny) is compiled and grammar.kept("regex", "other", tiny) is None
+
+
+def test_what_is_prepared_is_not_built_again(monkeypatch):
+    tokenizer = Tokenizer(TINY)
+    grammar.prepare(tokenizer)
+    monkeypatch.setattr(grammar, "Compiler", None)
+    assert grammar.compile("json_object", "", tokenizer) is grammar.kept("json_object", "", tokenizer)
 
 
 def test_too_many_at_once_are_told_to_come_back(tiny, monkeypatch):

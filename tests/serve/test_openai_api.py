@@ -3,7 +3,10 @@
 import itertools
 import json
 
+import fake_engine
 import pytest
+
+from mla_jax.serve.request import Failure, GrammarFailed
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 CHAT, TEXT, NATIVE = "/v1/chat/completions", "/v1/completions", "/completion"
@@ -287,37 +290,6 @@ def test_tokens_and_text(serve):
     assert raw.decode() == "漢"
 
 
-def test_the_prompt_of_a_conversation(serve):
-    client, _, _ = serve(template_kwargs={"who": "A"}, chat_template="{{ who }}:{{ messages[0].content }}")
-    ask = lambda **more: client.post("/apply-template", json={"messages": MESSAGES} | more).json()["prompt"]
-    assert ask() == "A:hi"
-    assert ask(chat_template_kwargs={"who": "B"}) == "B:hi"
-    assert ask(chat_template_kwargs={"template": "x", "kwargs": "y"}) == "A:hi"
-
-
-@pytest.mark.parametrize("name", ["tools", "messages", "bos_token", "tokenize", "self", "_x"])
-@pytest.mark.parametrize("route", [CHAT, "/apply-template"])
-def test_variables_that_a_request_may_not_name_are_refused(serve, route, name):
-    client, engine, _ = serve(chat_template="{{ messages[0].content }}")
-    body = {"messages": MESSAGES, "chat_template_kwargs": {name: "x"}}
-    answer = client.post(route, json=body)
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "chat_template_kwargs"
-    assert answer.json()["error"]["message"].startswith(
-        f"chat_template_kwargs must not hold the key '{name}'"
-    )
-    assert not engine.submitted
-
-
-def test_a_request_says_whether_to_think_by_either_name(serve):
-    template = "{{ thinking }} {{ enable_thinking }}"
-    client, _, _ = serve(template_kwargs={"enable_thinking": False}, chat_template=template)
-    ask = lambda **kwargs: client.post(
-        "/apply-template", json={"messages": MESSAGES, "chat_template_kwargs": kwargs}
-    ).json()["prompt"]
-    assert ask() == "False False"
-    assert ask(thinking=True) == ask(enable_thinking=True) == "True True"
-
-
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 @pytest.mark.parametrize(("route", "start"), [(CHAT, {"messages": MESSAGES}), (TEXT, {"prompt": "a"})])
 def test_a_failed_text_is_an_error_and_the_others_are_cancelled(serve, stream, route, start):
@@ -334,6 +306,21 @@ def test_a_failed_text_is_an_error_and_the_others_are_cancelled(serve, stream, r
     assert (error["message"], error["type"]) == ("the step failed.", "server_error")
     engine.fails_after = None
     assert client.post(route, json=start).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("route", [CHAT, TEXT, NATIVE])
+def test_a_grammar_that_leads_nowhere_is_the_fault_of_the_request(serve, monkeypatch, stream, route):
+    sentence = "grammar must leave a token of the vocabulary to go on with, got none."
+    failure = Failure(message="the request failed.", error=GrammarFailed(sentence))
+    monkeypatch.setattr(fake_engine, "Failure", lambda **_: failure)
+    client, engine, _service = serve()
+    engine.fails_after = 2
+    answer = client.post(route, json={"messages": MESSAGES, "prompt": "a", "stream": stream})
+    assert answer.status_code == (200 if stream else 400)
+    body = json.loads(events(answer)[-1 if route == NATIVE else -2]) if stream else answer.json()
+    told = {"message": sentence, "type": "invalid_request_error", "param": None, "code": "grammar_failed"}
+    assert body == {"error": told}
 
 
 def test_a_full_queue_takes_none_of_the_choices(serve):

@@ -1,10 +1,13 @@
 """Fields of requests: what each kind refuses, by the tables themselves, and what good values become."""
 
+import inspect
 import json
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from openai.resources.chat.completions import Completions as ChatCompletions
+from openai.resources.completions import Completions
 
 from mla_jax.sampler import SamplingParams
 from mla_jax.serve.http import bodies, json_body, schema
@@ -156,6 +159,23 @@ def test_a_misspelt_field_is_told(name):
 @pytest.mark.parametrize("name", ["store", "metadata", "service_tier", "prompt_cache_key", "verbosity", "x"])
 def test_a_field_of_other_servers_is_ignored(name):
     assert schema.read(bodies.CHAT_TABLE, {name: object()}) == {}
+
+
+@pytest.mark.parametrize(
+    ("table", "method"),
+    [(bodies.CHAT_TABLE, ChatCompletions.create), (bodies.TEXT_TABLE, Completions.create)],
+    ids=["chat", "completions"],
+)
+def test_no_field_of_the_client_of_openai_is_called_a_misspelling(table, method):
+    fields = [name for name in inspect.signature(method).parameters if name != "self"]
+    assert len(fields) > 15
+    for name in fields:
+        if name not in table:
+            assert schema.read(table, {name: object()}) == {}
+
+
+def test_a_misspelt_null_is_nothing():
+    assert schema.read(bodies.CHAT_TABLE, {"temprature": None}) == {}
 
 
 def test_null_is_as_if_it_were_not_there():

@@ -137,8 +137,13 @@ def test_an_endless_body_is_cut_off(strict):
     assert httpx.post(url + CHAT, json=BODY).status_code == 200
 
 
+_UNREAD = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n"
+
+
 @pytest.mark.parametrize(
-    "head", [b"GET /health HT", b"", post(b"{", length=100)], ids=["head", "nothing", "body"]
+    "head",
+    [b"GET /health HT", b"", post(b"{", length=100), _UNREAD],
+    ids=["head", "nothing", "body", "body that nobody reads"],
 )
 def test_a_slow_client_is_cut_off(strict, head):
     _, url = strict

@@ -11,6 +11,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -33,6 +34,7 @@ _HEADERS = {
 _ALLOWED_HEADERS = "authorization, content-type, x-api-key"
 _PREFLIGHT_SECONDS = "600"
 HEAD_BYTES = 16 << 10  # of a request without its body
+ADDRESSES = "any address"  # among hosts; a page at an address has it from there, not from a name's owner
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -52,11 +54,14 @@ class Access:
         Args:
           app: what is guarded.
           keys: that open it; none leaves it open.
-          hosts: names without ports that it may be addressed by; none for any.
+          hosts: names without ports that it may be addressed by, `ADDRESSES` for all that are none but
+            addresses; none for any.
           origins: of other sites' pages that may use it, such as "https://example.org".
         """
         self._app, self._keys = app, tuple(key.encode() for key in keys)
-        self._hosts = frozenset(host.lower() for host in hosts)
+        hosts = {host.lower() for host in hosts}
+        self._takes_any_host, self._takes_addresses = not hosts, ADDRESSES in hosts
+        self._hosts = frozenset(hosts - {ADDRESSES})
         self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,14 +86,16 @@ class Access:
             message = f"path and headers must have at most {HEAD_BYTES} bytes, got {size}."
             return ApiError(message, status=431).response(connection="close")
         host = headers.get("host", "")
-        if self._hosts and _without_port(host) not in self._hosts:
-            return _refusal(f"the Host header must name this server, got {host[:80]!r}.")
+        if not self._is_ours(_without_port(host)):
+            return _refusal(
+                f"the Host header must name this server, got {host[:80]!r}; --allowed-hosts says what may."
+            )
         if origin is not None and origin not in self._origins and not _is_own(origin, host):
             return _refusal(
                 f"pages of {origin[:80]!r} may not use this server; --cors-origins names those that may."
             )
         if origin in self._origins and scope["method"] == "OPTIONS":
-            return Response(status_code=204)
+            return _preflight(headers)
         key = self._key(headers)
         if self._keys and key is None and scope["path"] not in OPEN_PATHS:
             is_of_page = scope["path"] in _PAGE_PATHS or scope["path"].startswith(_PAGE_FILES)
@@ -96,6 +103,10 @@ class Access:
             return error.response(www_authenticate=_BASIC if is_of_page else "Bearer", connection="close")
         scope.setdefault("state", {})["key"] = key
         return None
+
+    def _is_ours(self, name):
+        is_named = self._takes_any_host or name in self._hosts
+        return is_named or (self._takes_addresses and _is_address(name))
 
     def _key(self, headers):
         """Returns the key of the server that a request came with, None if it came with none."""
@@ -111,15 +122,24 @@ class Access:
                 headers.setdefault("cache-control", "no-store")
                 if origin in self._origins:
                     headers["access-control-allow-origin"] = origin
-                    headers["access-control-allow-headers"] = _ALLOWED_HEADERS
-                    headers["access-control-allow-methods"] = "GET, POST"
-                    headers["access-control-max-age"] = _PREFLIGHT_SECONDS
+                    headers["access-control-expose-headers"] = "retry-after"
                     headers["cross-origin-resource-policy"] = "cross-origin"
                 if self._origins:
                     headers.add_vary_header("origin")
             await send(message)
 
         return marked
+
+
+def _preflight(headers):
+    """Returns the answer to a browser that asks what a page may send: any headers; clients have their own."""
+    told = {
+        "access-control-allow-headers": headers.get("access-control-request-headers", _ALLOWED_HEADERS),
+        "access-control-allow-methods": "GET, POST",
+        "access-control-max-age": _PREFLIGHT_SECONDS,
+        "vary": "access-control-request-headers",
+    }
+    return Response(status_code=204, headers=told)
 
 
 def _refusal(message):
@@ -148,6 +168,17 @@ def _equal(given, key):
 def _without_port(host):
     name, colon, port = host.lower().rpartition(":")
     return name if colon and port.isdigit() else host.lower()
+
+
+def _is_address(name):
+    try:
+        if name.startswith("["):
+            ipaddress.IPv6Address(name.removeprefix("[").removesuffix("]"))
+        else:
+            ipaddress.IPv4Address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_own(origin, host):

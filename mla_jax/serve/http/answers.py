@@ -9,7 +9,7 @@ from typing import Any
 from mla_jax.completion import Piece
 from mla_jax.serve.http.api_error import ApiError, busy
 from mla_jax.serve.http.metrics import Metrics
-from mla_jax.serve.request import Draining, Failure, QueueFull, Request
+from mla_jax.serve.request import Draining, Failure, GrammarFailed, QueueFull, Request
 
 _RETRY_AFTER_DRAIN = 5.0  # seconds; who comes back then finds the next process
 
@@ -69,13 +69,16 @@ class Answers:
         """Yields (number of the text, piece) as they come, until every text has ended.
 
         Raises:
-          ApiError: 500 if the engine fails a text, 503 if it takes too long or the server stops.
+          ApiError: 400 if a grammar does not let a text go on, 500 if the engine fails one, 503 if it takes
+            too long or the server stops.
         """
         newest: dict[int, float] = {}
         while self._open:
             index, event = await self._next()
             if isinstance(event, Failure):
                 self._open.discard(index)
+                if isinstance(event.error, GrammarFailed):
+                    raise ApiError(str(event.error), code="grammar_failed")
                 raise ApiError(event.message, status=503 if self._is_draining() else 500)
             now = time.perf_counter()
             if index in newest:

@@ -57,7 +57,7 @@ def routes(service: Service) -> list[Route | Mount]:
         post("/apply-template", openai_chat.apply_template),
     ]
     if service.settings.has_slots:
-        found += [get("/slots", slot_routes.slots), post("/slots/{slot:int}", slot_routes.act)]
+        found += [get("/slots", slot_routes.slots), post("/slots/{slot}", slot_routes.act)]
     if service.settings.has_metrics:
         found.append(get("/metrics", status_routes.metrics))
     if service.settings.has_page:

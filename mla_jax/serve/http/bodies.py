@@ -13,6 +13,8 @@ MAX_MESSAGES, MAX_TOOLS, MAX_TOOL_CALLS = 1024, 128, 128
 _MAX_PROMPT_TOKENS = 1 << 20
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _ID = schema.Integer(0, 2**31 - 1)
+_NO_EFFORT = ("none", "minimal")  # of reasoning
+_EFFORTS = (*_NO_EFFORT, "low", "medium", "high", "xhigh", "max")
 _PART = {"type": schema.Choice(("text",)), "text": schema.Text()}
 
 
@@ -133,6 +135,7 @@ TEMPLATE_TABLE: Mapping[str, schema.Kind] = {
     "messages": schema.Special(_MESSAGES.read, bad=_BAD_MESSAGES),
     "tools": schema.Special(_TOOLS.read, bad=(5, {}, [5], [{}], [{"type": "function"}])),
     "chat_template_kwargs": schema.Object(),
+    "reasoning_effort": schema.Choice(_EFFORTS),
     "add_generation_prompt": schema.Boolean(),
     # Templates are programs; none is taken from a request.
     "chat_template": schema.Neutral(()),
@@ -226,6 +229,18 @@ def required(fields: Mapping[str, Any], name: str) -> Any:
     return fields[name]
 
 
+def template_kwargs(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the further variables of the template that fields of `TEMPLATE_TABLE` ask for.
+
+    OpenAI's `reasoning_effort` is whether to think: templates here know no more and no less of it. Who says
+    so by `chat_template_kwargs` too is heard there.
+    """
+    kwargs, effort = fields.get("chat_template_kwargs", {}), fields.get("reasoning_effort")
+    if effort is None or "enable_thinking" in kwargs or "thinking" in kwargs:
+        return kwargs
+    return kwargs | {"enable_thinking": effort not in _NO_EFFORT}
+
+
 def chat(body: Mapping[str, Any], defaults: sampler.SamplingParams, max_tokens: int | None) -> ChatBody:
     """Returns what a body of `/v1/chat/completions` asks for; other arguments: `drawing.from_fields`."""
     fields = schema.read(CHAT_TABLE, body)
@@ -243,7 +258,7 @@ def chat(body: Mapping[str, Any], defaults: sampler.SamplingParams, max_tokens: 
         tools=() if choice == "none" else tools,
         tool_choice="auto" if choice == "none" else choice,
         parallel_tool_calls=fields.get("parallel_tool_calls", True),
-        template_kwargs=fields.get("chat_template_kwargs", {}),
+        template_kwargs=template_kwargs(fields),
         reasoning_format=fields.get("reasoning_format"),
     )
 

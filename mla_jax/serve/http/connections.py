@@ -1,18 +1,42 @@
 """Connections of uvicorn with limits on how long a client may be silent.
 
 uvicorn closes idle connections, but waits for ever on a client that sends a request's head byte by byte, or
-that does not read its answer.
+a body that nobody reads any more, or that does not read its answer.
 """
+
+try:
+    import resource
+except ImportError:  # not on Windows, which has no such limit
+    resource = None
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+_OTHER_DESCRIPTORS = 128  # of the model, its devices, saved slots and child processes
+
+
+def room_for(wanted: int) -> int:
+    """Returns how many connections there may be, at most `wanted`, so that other files find room too.
+
+    The process is given as many descriptors as they need, as far as it may have them.
+    """
+    if resource is None:
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    needed = wanted + _OTHER_DESCRIPTORS
+    if soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(wanted, soft - _OTHER_DESCRIPTORS))
 
 
 class Connection(H11Protocol):
     """One connection.
 
     Attributes:
-      head_seconds: that the head of a request may take to come.
+      head_seconds: that the head of a request may take to come, after what is left of the one before.
       send_seconds: that a client may leave its answer unread.
     """
 
@@ -55,10 +79,13 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     def _watch_head(self):
-        # IDLE: the head of the client's next request is not whole yet
-        is_idle = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
-        if is_idle and self._head_timer is None:
+        # IDLE: the head of the client's next request is not whole yet. DONE: the answer is, and whoever still
+        # sends the body that belongs to it has as long until that head.
+        ours, theirs = self.conn.our_state, self.conn.their_state
+        is_awaited = theirs is h11.IDLE or (ours is h11.DONE and theirs is h11.SEND_BODY)
+        is_awaited = is_awaited and not self.transport.is_closing()
+        if is_awaited and self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_seconds, self.transport.abort)
-        elif not is_idle and self._head_timer is not None:
+        elif not is_awaited and self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None

@@ -147,6 +147,7 @@ TABLE: Mapping[str, schema.Kind] = _SAMPLING | {
     "dry_multiplier": schema.Neutral((0,)),
     "top_n_sigma": schema.Neutral((-1, 0)),
     "tfs_z": schema.Neutral((1,)),
+    "min_keep": schema.Neutral((0,)),
     "n_keep": schema.Neutral((0, -1)),
     "n_discard": schema.Neutral((0,)),
     "n_indent": schema.Neutral((0,)),

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
-from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -28,7 +27,8 @@ async def completion(request: Request) -> Response:
 
 
 async def _complete(service, asked, salt):
-    drawn = await to_thread.run_sync(_prepare, service, asked, salt)
+    compiled = await service.grammar(asked.drawing)
+    drawn = await service.workers.run(_prepare, service, asked, compiled, salt)
     answers = service.answers()
     with answers.held():
         answers.submit([drawn])
@@ -43,10 +43,13 @@ async def _complete(service, asked, salt):
     return JSONResponse(_last(service, asked, drawn, answers, tally, pieces, text))
 
 
-def _prepare(service, asked, salt):
-    ids, compiled = service.encode(asked.prompts[0]), service.grammar(asked.drawing)
+def _prepare(service, asked, compiled, salt):
     (drawn,) = service.requests(
-        ids, asked.drawing, salt=salt, grammar=compiled, num_logprobs=asked.num_logprobs
+        service.encode(asked.prompts[0]),
+        asked.drawing,
+        salt=salt,
+        grammar=compiled,
+        num_logprobs=asked.num_logprobs,
     )
     return drawn
 
@@ -94,28 +97,6 @@ def _last(service, asked, drawn, answers, tally, pieces, text):
         "truncated": False,
         "stop_type": stop_type,
         "stopping_word": piece.stop or "",
-        "generation_settings": generation_settings(drawn.sampling, drawn.max_tokens),
+        "generation_settings": shapes.generation_settings(drawn.sampling, drawn.max_tokens),
         "timings": told,
-    }
-
-
-def generation_settings(sampling, max_tokens: int | None) -> dict[str, Any]:
-    """Returns how texts are drawn in llama-server's words.
-
-    Args:
-      sampling: `SamplingParams`.
-      max_tokens: None for no limit.
-    """
-    return {
-        "n_predict": -1 if max_tokens is None else max_tokens,
-        "seed": -1 if sampling.seed is None else sampling.seed,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "typical_p": sampling.typical_p,
-        "repeat_penalty": sampling.repeat_penalty,
-        "repeat_last_n": sampling.penalty_last_n,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
     }

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -39,18 +38,15 @@ async def apply_template(request: Request) -> Response:
     service = service_of(request)
     fields = await read_body(request, lambda body: schema.read(bodies.TEMPLATE_TABLE, body))
     messages = bodies.required(fields, "messages")
-    vocabulary = service.model.tokenizer.vocabulary
-    text = lambda token: "" if token is None else vocabulary.tokens[token]
     render = lambda: chat.render(
         messages,
-        _template(service),
+        service.template,
         tools=fields.get("tools"),
         add_generation_prompt=fields.get("add_generation_prompt", True),
-        bos_token=text(vocabulary.bos_id),
-        eos_token=text(vocabulary.eos_id),
-        kwargs=_kwargs(service, fields.get("chat_template_kwargs")),
+        kwargs=_kwargs(service, bodies.template_kwargs(fields)),
+        **chat.special_texts(service.model.tokenizer),
     )
-    work = lambda: to_thread.run_sync(_told, render)
+    work = lambda: service.workers.run(_told, render)
     return JSONResponse({"prompt": await while_connected(request, work)})
 
 
@@ -125,7 +121,14 @@ class _Prepared:
 
 
 async def _complete(service, asked, salt):
-    prepared = await to_thread.run_sync(_prepare, service, asked, salt)
+    form = chat.answer_format(service.template)
+    if asked.tool_choice == "auto":
+        compiled = await service.grammar(asked.drawing)
+    else:
+        compiled = await service.tool_grammar(
+            asked.drawing, asked.tools, asked.tool_choice, form, is_single=not asked.parallel_tool_calls
+        )
+    prepared = await service.workers.run(_prepare, service, asked, form, compiled, salt)
     answers = service.answers()
     with answers.held():
         answers.submit(prepared.requests)
@@ -162,20 +165,13 @@ async def _complete(service, asked, salt):
     return JSONResponse(body | {"timings": messages[0].tally.timings()})
 
 
-def _prepare(service: Service, asked: bodies.ChatBody, salt: str) -> _Prepared:
+def _prepare(service: Service, asked: bodies.ChatBody, form: str, compiled: Any, salt: str) -> _Prepared:
     """Does everything that may take long before a conversation is handed to the engine."""
-    template, tokenizer = _template(service), service.model.tokenizer
-    form = chat.answer_format(template)
-    if asked.tool_choice == "auto":
-        compiled = service.grammar(asked.drawing)
-    else:
-        compiled = service.tool_grammar(
-            asked.drawing, asked.tools, asked.tool_choice, form, is_single=not asked.parallel_tool_calls
-        )
+    tokenizer = service.model.tokenizer
     ids = _told(
         lambda: service.model.encode_chat(
             asked.messages,
-            template=template,
+            template=service.template,
             tools=asked.tools,
             kwargs=_kwargs(service, asked.template_kwargs),
         )
@@ -209,10 +205,6 @@ def _told(work):
 def _kwargs(service, given):
     # Each is checked by itself, which gives both names of thinking: else a request changed one of them alone.
     return chat.checked_kwargs(service.settings.template_kwargs) | chat.checked_kwargs(given)
-
-
-def _template(service):
-    return service.settings.chat_template or chat.template_for(service.model.tokenizer)
 
 
 def _take(service, asked, answers, messages, index, piece):

@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -48,7 +47,8 @@ class _Text:
 
 
 async def _complete(service, asked, salt):
-    prompts, requests = await to_thread.run_sync(_prepare, service, asked, salt)
+    compiled = await service.grammar(asked.drawing)
+    prompts, requests = await service.workers.run(_prepare, service, asked, compiled, salt)
     answers = service.answers()
     with answers.held():
         answers.submit(requests)
@@ -67,10 +67,9 @@ async def _complete(service, asked, salt):
     return JSONResponse(body | {"timings": texts[0].tally.timings()})
 
 
-def _prepare(service, asked, salt):
+def _prepare(service, asked, compiled, salt):
     """Returns (ids, text to echo) of each prompt, and the requests of all."""
     decode = lambda ids: service.model.tokenizer.decode(ids, skip_special=False)
-    compiled = service.grammar(asked.drawing)
     prompts, requests = [], []
     for prompt in asked.prompts:
         ids = service.encode(prompt)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from anyio import to_thread
 from starlette.requests import Request
 
 from mla_jax.serve.http import body_reader, json_body
@@ -30,7 +29,8 @@ async def read_body(request: Request, reader: Callable[[dict[str, Any]], _Result
       ApiError: the body exceeds the limits of the server, is no such object, or `reader` refuses it.
       ClientDisconnect: the client left.
     """
-    settings = service_of(request).settings
+    service = service_of(request)
+    settings = service.settings
     body = await body_reader.read_bytes(request, max_bytes=settings.body_bytes, seconds=settings.body_seconds)
     work = lambda: reader(json_body.parse(body))
-    return work() if len(body) <= _SHORT_BYTES else await to_thread.run_sync(work)
+    return work() if len(body) <= _SHORT_BYTES else await service.workers.run(work)

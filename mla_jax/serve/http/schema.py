@@ -182,9 +182,11 @@ def read(table: Mapping[str, Kind], values: Mapping[str, Any], prefix: str = "")
         )
     taken = {}
     for name, value in values.items():
+        if value is None:
+            continue
         if name not in table:
             _refuse_misspelt(name, table, prefix)
-        elif value is not None:
+        else:
             taken[name] = table[name].read(value, prefix + name)
     return taken
 

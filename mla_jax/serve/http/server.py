@@ -11,7 +11,7 @@ from anyio import to_thread
 
 from mla_jax.serve.http.access import HEAD_BYTES
 from mla_jax.serve.http.application import application
-from mla_jax.serve.http.connections import Connection
+from mla_jax.serve.http.connections import Connection, room_for
 from mla_jax.serve.http.service import Service
 
 _IDLE_SECONDS = 75  # that a connection may be without a request
@@ -53,7 +53,6 @@ def run(
     *,
     drain_seconds: float,
     started: Callable[[], None],
-    num_threads: int = 8,
     ssl_certificate: str | None = None,
     ssl_key: str | None = None,
 ) -> bool:
@@ -67,7 +66,6 @@ def run(
       bound: from `bind`.
       drain_seconds: that requests may go on for.
       started: is called when the server listens.
-      num_threads: that read prompts and write templates.
       ssl_certificate: file of the certificate in PEM, None for plain HTTP.
       ssl_key: file of its key.
 
@@ -84,7 +82,7 @@ def run(
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=_MAX_CONNECTIONS,
+        limit_concurrency=room_for(_MAX_CONNECTIONS),
         backlog=_BACKLOG,
         timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=_FLUSH_SECONDS,
@@ -94,7 +92,7 @@ def run(
     )
     service.engine.start()
     try:
-        _Server(config, service, drain_seconds, num_threads, started).run(sockets=[bound])
+        _Server(config, service, drain_seconds, started).run(sockets=[bound])
     finally:
         stopper = threading.Thread(target=service.engine.stop, daemon=True)
         stopper.start()
@@ -105,15 +103,14 @@ def run(
 class _Server(uvicorn.Server):
     """Drains before it shuts down, where uvicorn would turn clients away at once."""
 
-    def __init__(self, config, service, drain_seconds, num_threads, started):
+    def __init__(self, config, service, drain_seconds, started):
         super().__init__(config)
         self._service, self._drain_seconds, self._started = service, drain_seconds, started
-        self._num_threads, self._loop, self._draining = num_threads, None, None
+        self._loop = self._draining = None
 
     async def startup(self, sockets=None) -> None:
         """Listens, and says so."""
         self._loop = asyncio.get_running_loop()
-        to_thread.current_default_thread_limiter().total_tokens = self._num_threads
         await super().startup(sockets)
         self._started()
 

@@ -16,6 +16,7 @@ from mla_jax.serve.http.answers import Answers
 from mla_jax.serve.http.api_error import ApiError, busy
 from mla_jax.serve.http.drawing import Drawing
 from mla_jax.serve.http.metrics import Metrics
+from mla_jax.serve.http.workers import Workers
 from mla_jax.serve.request import QueueFull, Request
 
 
@@ -29,7 +30,7 @@ class Settings:
       sampling: what requests do not say.
       max_tokens: tokens of an answer that does not say, None for as many as the context holds.
       api_keys: any of them opens every route; none at all leaves all open.
-      hosts: that requests may be addressed to, without ports; empty for any.
+      hosts: that requests may be addressed to, as in `access.Access`; empty for any.
       origins: of pages elsewhere that may read answers.
       slot_folder: where slots are saved, None for nowhere.
       chat_template: that is used instead of the file's, None for the file's.
@@ -38,6 +39,7 @@ class Settings:
       has_page: serve the chat page at `/`.
       has_slots: serve `/slots`.
       has_metrics: serve `/metrics`.
+      num_threads: that read prompts, write templates and the like.
       body_bytes: that a request may have.
       body_seconds: that the body of a request may take to come.
       answer_seconds: that a request may take to be answered.
@@ -59,6 +61,7 @@ class Settings:
     has_page: bool = True
     has_slots: bool = True
     has_metrics: bool = True
+    num_threads: int = 8
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
     answer_seconds: float = 3600.0
@@ -74,6 +77,7 @@ class Service:
       engine: draws the texts.
       settings: of the server.
       metrics: that it measures.
+      workers: threads for what takes too long for the event loop.
       is_draining: it takes no more requests, since it is about to stop.
     """
 
@@ -81,6 +85,8 @@ class Service:
         self.model, self.engine, self.settings = model, model.engine, settings
         experts = reduction_lib.experts_per_token(model.config, model.expert_reduction)
         self.metrics = Metrics(model.engine.stats, experts)
+        self.workers = Workers(settings.num_threads)
+        self._compilers = Workers(1)  # grammars are compiled one at a time, and prompts do not wait for them
         self.is_draining = False
 
     def answers(self) -> Answers:
@@ -146,7 +152,7 @@ class Service:
         """Characters that a context of the longest tokens has: who sends more need not be tokenised."""
         return self.model.ctx_size * max(map(len, self.model.tokenizer.vocabulary.tokens))
 
-    def grammar(self, drawing: Drawing) -> Any:
+    async def grammar(self, drawing: Drawing) -> Any:
         """Returns the compiled grammar that answers must follow, None for none.
 
         Raises:
@@ -155,9 +161,9 @@ class Service:
         if drawing.grammar is None:
             return None
         kind, text = drawing.grammar
-        return self._compiled(kind, text, "grammar" if kind == "grammar" else "response_format")
+        return await self._compiled(kind, text, "grammar" if kind == "grammar" else "response_format")
 
-    def tool_grammar(
+    async def tool_grammar(
         self, drawing: Drawing, tools: Sequence[Any], choice: Any, form: str, *, is_single: bool
     ) -> Any:
         """Returns the compiled grammar of an answer that must call a tool.
@@ -187,16 +193,22 @@ class Service:
             tools, is_single = [tool for tool in tools if tool["function"]["name"] in choice], True
         tokens = self.model.tokenizer.vocabulary.tokens
         control = {tokens[token]: token for token in self.shown_tokens}
-        text = forced_call.grammar(tools, form, control, is_single=is_single)
-        return self._compiled("tool_choice", text, "tools")
+        text = await self.workers.run(lambda: forced_call.grammar(tools, form, control, is_single=is_single))
+        return await self._compiled("tool_choice", text, "tools")
 
-    def _compiled(self, kind, text, param):
+    async def _compiled(self, kind, text, param):
+        asked = kind, text, self.model.tokenizer
         try:
-            return grammar_lib.compile(kind, text, self.model.tokenizer)
+            return grammar_lib.kept(*asked) or await self._compilers.run(grammar_lib.compile, *asked)
         except QueueFull as error:
             raise busy(error) from None
         except ValueError as error:
             raise ApiError(str(error), param=param) from None
+
+    @functools.cached_property
+    def template(self) -> str:
+        """The chat template: that of the settings, else that of the model."""
+        return self.settings.chat_template or chat.template_for(self.model.tokenizer)
 
     @functools.cached_property
     def shown_tokens(self) -> frozenset[int]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mla_jax.completion import Logprobs, Piece, Timings
+from mla_jax.sampler import SamplingParams
 from mla_jax.tokenizer import Tokenizer
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
@@ -43,6 +44,28 @@ def _speed(name, num_tokens, seconds):
         f"{name}_ms": round(1000 * seconds, 3),
         f"{name}_per_token_ms": round(1000 * seconds / num_tokens, 3) if num_tokens else 0.0,
         f"{name}_per_second": round(num_tokens / seconds, 3) if seconds > 0 else 0.0,
+    }
+
+
+def generation_settings(sampling: SamplingParams, max_tokens: int | None) -> dict[str, Any]:
+    """Returns how texts are drawn in llama-server's words.
+
+    Args:
+      sampling: how they are drawn.
+      max_tokens: None for no limit.
+    """
+    return {
+        "n_predict": -1 if max_tokens is None else max_tokens,
+        "seed": -1 if sampling.seed is None else sampling.seed,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "typical_p": sampling.typical_p,
+        "repeat_penalty": sampling.repeat_penalty,
+        "repeat_last_n": sampling.penalty_last_n,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
     }
 
 

@@ -9,49 +9,51 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mla_jax.cache import PoolExhausted
-from mla_jax.serve.http import schema
+from mla_jax.serve.http import schema, shapes
 from mla_jax.serve.http.api_error import ApiError
 from mla_jax.serve.http.body_reader import while_connected
-from mla_jax.serve.http.llama_completion import generation_settings
 from mla_jax.serve.http.routing import read_body, salt_of_request, service_of
 
+_NUMBER = re.compile(r"[0-9]{1,6}")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TABLE = {"filename": schema.Text()}
 _RETRY_AFTER = 1.0  # seconds
 
 
 async def slots(request: Request) -> Response:
-    """Answers a `GET /slots`; it tells numbers of tokens, and no text."""
-    service = service_of(request)
-    infos = await to_thread.run_sync(service.engine.slots)
-    return JSONResponse([_told(info, service.model.ctx_size) for info in infos])
+    """Answers a `GET /slots`; it tells numbers of tokens and no text, and how one draws to its key alone."""
+    service, salt = service_of(request), salt_of_request(request)
+    infos = await service.workers.run(service.engine.slots)
+    return JSONResponse([_told(info, service.model.ctx_size, salt) for info in infos])
 
 
 async def act(request: Request) -> Response:
     """Answers a `POST /slots/{slot}?action=save|restore|erase`."""
-    service, slot = service_of(request), request.path_params["slot"]
+    service, written = service_of(request), request.path_params["slot"]
     actions = {"save": _save, "restore": _restore, "erase": _erase}
     action = request.query_params.get("action")
     if action not in actions:
         raise ApiError(f"action must be one of {', '.join(actions)}, got {action!r:.40}.", param="action")
-    if not 0 <= slot < service.engine.stats().num_slots:
-        most = service.engine.stats().num_slots
-        raise ApiError(f"the slot must be in [0, {most}), got {slot}.", status=404, param="id_slot")
+    num_slots = service.engine.stats().num_slots
+    slot = int(written) if _NUMBER.fullmatch(written) else num_slots
+    if slot >= num_slots:
+        message = f"the slot must be a number in [0, {num_slots}), got {written!r:.40}."
+        raise ApiError(message, status=404, param="id_slot")
     salt = salt_of_request(request)
     name = None if action == "erase" else await read_body(request, _name)
     if name is not None and service.settings.slot_folder is None:
         raise ApiError("the server must be started with --slot-save-path to keep slots in files.", status=501)
-    work = lambda: to_thread.run_sync(actions[action], service, slot, name, salt)
+    work = lambda: service.workers.run(actions[action], service, slot, name, salt)
     return JSONResponse(await while_connected(request, work))
 
 
-def _told(info, context):
-    sampling = {} if info.sampling is None else generation_settings(info.sampling, None)
+def _told(info, context, salt):
+    is_own = info.sampling is not None and info.salt == salt
+    sampling = shapes.generation_settings(info.sampling, None) if is_own else {}
     return {
         "id": info.id,
         "id_task": -1 if info.request_id is None else info.request_id,
@@ -79,8 +81,8 @@ def _name(body: dict[str, Any]) -> str:
 
 def _save(service, slot, name, salt):
     began = time.perf_counter()
-    path = service.settings.slot_folder / name
-    with _naming(path):
+    path = _path(service, name, salt)
+    with _naming(path, name):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ValueError(f"{path} must be a plain file where it exists.")
         num_tokens, num_bytes = service.engine.save_slot(slot, path, salt=salt)
@@ -90,8 +92,8 @@ def _save(service, slot, name, salt):
 
 def _restore(service, slot, name, salt):
     began = time.perf_counter()
-    path = service.settings.slot_folder / name
-    with _naming(path), _plain_file(path) as num_bytes:
+    path = _path(service, name, salt)
+    with _naming(path, name), _plain_file(path, name) as num_bytes:
         try:
             num_tokens = len(service.engine.restore_slot(slot, path, salt=salt))
         except PoolExhausted as error:  # until those who run have ended
@@ -102,19 +104,24 @@ def _restore(service, slot, name, salt):
 
 def _erase(service, slot, name, salt):
     try:
-        return {"id_slot": slot, "n_erased": service.engine.erase_slot(slot)}
+        return {"id_slot": slot, "n_erased": service.engine.erase_slot(slot, salt=salt)}
     except ValueError as error:
         raise ApiError(str(error), param="id_slot") from None
 
 
+def _path(service, name, salt):
+    """Returns where a file lies: those of another key have other names."""
+    return service.settings.slot_folder / (f"{salt[:16]}-{name}" if salt else name)
+
+
 @contextlib.contextmanager
-def _plain_file(path: pathlib.Path) -> Iterator[int]:
+def _plain_file(path: pathlib.Path, name: str) -> Iterator[int]:
     """Yields the bytes of a file that is neither a link nor a device, FIFO or the like."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags)
     except FileNotFoundError:
-        raise ApiError(f"there is no saved slot {path.name}.", status=404, param="filename") from None
+        raise ApiError(f"there is no saved slot {name}.", status=404, param="filename") from None
     except OSError:
         raise ValueError(f"{path} must be a plain file.") from None
     try:
@@ -127,14 +134,14 @@ def _plain_file(path: pathlib.Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _naming(path: pathlib.Path) -> Iterator[None]:
-    """Turns errors into answers that name the file, but not the folder."""
+def _naming(path: pathlib.Path, name: str) -> Iterator[None]:
+    """Turns errors into answers that name the file as its owner does, and not the folder."""
     try:
         yield
     except ValueError as error:
-        raise ApiError(str(error).replace(str(path), path.name), param="filename") from None
+        raise ApiError(str(error).replace(str(path), name), param="filename") from None
     except OSError as error:
-        raise ApiError(f"{path.name} cannot be used: {error.strerror}.", status=500) from None
+        raise ApiError(f"{name} cannot be used: {error.strerror}.", status=500) from None
 
 
 def _milliseconds(began):

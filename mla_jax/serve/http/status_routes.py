@@ -9,8 +9,8 @@ from starlette.responses import JSONResponse, Response
 
 from mla_jax import chat
 from mla_jax import expert_reduction as reduction_lib
+from mla_jax.serve.http import shapes
 from mla_jax.serve.http.api_error import ApiError
-from mla_jax.serve.http.llama_completion import generation_settings
 from mla_jax.serve.http.routing import service_of
 
 _STARTED = int(time.time())
@@ -48,9 +48,8 @@ async def props(request: Request) -> Response:
     """Answers a `GET /props`: the settings of the server, in llama-server's words and some of ours."""
     service = service_of(request)
     model, settings = service.model, service.settings
-    vocabulary, moe = model.tokenizer.vocabulary, model.config.moe
-    text = lambda token: "" if token is None else vocabulary.tokens[token]
-    params = generation_settings(settings.sampling, settings.max_tokens)
+    moe = model.config.moe
+    params = shapes.generation_settings(settings.sampling, settings.max_tokens)
     return JSONResponse(
         {
             "default_generation_settings": {"n_ctx": model.ctx_size, "params": params},
@@ -58,9 +57,8 @@ async def props(request: Request) -> Response:
             "model_alias": settings.alias,
             "model_path": settings.file_name,
             "n_ctx": model.ctx_size,
-            "bos_token": text(vocabulary.bos_id),
-            "eos_token": text(vocabulary.eos_id),
-            "chat_template": settings.chat_template or chat.template_for(model.tokenizer),
+            **chat.special_texts(model.tokenizer),
+            "chat_template": service.template,
             "build_info": f"mla-jax {importlib.metadata.version('mla-jax')}",
             "cache_type": model.run.cache_type,
             "mla": int(model.run.mla),

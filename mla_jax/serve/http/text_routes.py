@@ -1,6 +1,5 @@
 """Text to token ids and back, and conversations to prompts, without drawing anything."""
 
-from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -12,18 +11,19 @@ from mla_jax.serve.http.routing import read_body, service_of
 
 async def tokenize(request: Request) -> Response:
     """Answers a `POST /tokenize`."""
+    service = service_of(request)
     fields = await read_body(request, lambda body: schema.read(bodies.TOKENIZE_TABLE, body))
     bodies.required(fields, "content")
-    work = lambda: _tokenize(service_of(request).model.tokenizer, **fields)
-    return await while_connected(request, lambda: to_thread.run_sync(work))
+    work = lambda: _tokenize(service.model.tokenizer, **fields)
+    return await while_connected(request, lambda: service.workers.run(work))
 
 
 async def detokenize(request: Request) -> Response:
     """Answers a `POST /detokenize`."""
+    service = service_of(request)
     fields = await read_body(request, lambda body: schema.read(bodies.DETOKENIZE_TABLE, body))
     ids = bodies.required(fields, "tokens")
-    work = lambda: _detokenize(service_of(request), ids)
-    return await while_connected(request, lambda: to_thread.run_sync(work))
+    return await while_connected(request, lambda: service.workers.run(_detokenize, service, ids))
 
 
 def _tokenize(tokenizer, content, add_special=False, parse_special=True, with_pieces=False):
