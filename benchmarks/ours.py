@@ -29,7 +29,7 @@ class _Engine:
 
     def open(self, path, mla, flash, cache_type, ctx_size, threads):
         """Loads; XLA takes as many threads as the process has cores, so `threads` is not read."""
-        settings = dict(mla=mla, flash=flash, cache_type=cache_type, ctx_size=ctx_size)
+        settings = dict(mla=mla, flash=flash, cache_type=cache_type, ctx_size=ctx_size, cache_ram=0)
         quiet = lambda *_: None
         # the peer ignores groups of experts
         self.model = mla_jax.load(path, group_routing=False, progress=quiet, **settings)
@@ -90,7 +90,7 @@ class _Engine:
         """Returns the seconds of a whole request that finds its first `start` tokens in the cache."""
         prompt = self.tokens[:start] + tokens
         stream = self.model.stream_generate(
-            prompt, max_tokens=predict, reuse_prefix=True, temperature=0.0, seed=0
+            prompt, max_tokens=predict, reuse_prefix=start > 0, temperature=0.0, seed=0
         )
         began = time.perf_counter()
         drawn = sum(1 for _ in stream)
