@@ -58,6 +58,9 @@ def serve(values):
             bound,
             drain_seconds=values.drain_seconds,
             started=lambda: loading.tell(f"serving {settings['alias']} at {address}"),
+            stopping=lambda: loading.tell(
+                f"stopping: requests have {values.drain_seconds:g} s to end; a second signal ends them now"
+            ),
             ssl_certificate=values.ssl_cert_file,
             ssl_key=values.ssl_key_file,
         )

@@ -24,7 +24,8 @@ def main():
     if told.get("is_wedged"):
         model.engine.drain = model.engine.stop = lambda *args: time.sleep(3600)
     drain_seconds = told.get("drain_seconds", 5.0)
-    if not server.run(service, bound, drain_seconds=drain_seconds, started=started, **secure):
+    told_of = dict(started=started, stopping=lambda: None)
+    if not server.run(service, bound, drain_seconds=drain_seconds, **told_of, **secure):
         os._exit(1)
 
 

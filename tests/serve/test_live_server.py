@@ -295,3 +295,4 @@ def test_command_lines_of_the_reference(flags):
         assert answer.usage.completion_tokens == 4 and answer.choices[0].message.content
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == 0
+        assert re.match("stopping: requests have .* s to end; a second signal", server.process.stderr.read())

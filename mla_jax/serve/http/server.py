@@ -53,6 +53,7 @@ def run(
     *,
     drain_seconds: float,
     started: Callable[[], None],
+    stopping: Callable[[], None],
     ssl_certificate: str | None = None,
     ssl_key: str | None = None,
 ) -> bool:
@@ -66,6 +67,7 @@ def run(
       bound: from `bind`.
       drain_seconds: that requests may go on for.
       started: is called when the server listens.
+      stopping: is called at the first signal.
       ssl_certificate: file of the certificate in PEM, None for plain HTTP.
       ssl_key: file of its key.
 
@@ -92,7 +94,7 @@ def run(
     )
     service.engine.start()
     try:
-        _Server(config, service, drain_seconds, started).run(sockets=[bound])
+        _Server(config, service, drain_seconds, started, stopping).run(sockets=[bound])
     finally:
         stopper = threading.Thread(target=service.engine.stop, daemon=True)
         stopper.start()
@@ -103,9 +105,10 @@ def run(
 class _Server(uvicorn.Server):
     """Drains before it shuts down, where uvicorn would turn clients away at once."""
 
-    def __init__(self, config, service, drain_seconds, started):
+    def __init__(self, config, service, drain_seconds, started, stopping):
         super().__init__(config)
-        self._service, self._drain_seconds, self._started = service, drain_seconds, started
+        self._service, self._drain_seconds = service, drain_seconds
+        self._started, self._stopping = started, stopping
         self._loop = self._draining = None
 
     async def startup(self, sockets=None) -> None:
@@ -125,6 +128,7 @@ class _Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._begin_to_drain)
 
     def _begin_to_drain(self):
+        self._stopping()
         self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self):
