@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from synthetic import write_deepseek2
@@ -27,6 +28,7 @@ GOOD = dict(
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Returns a model for lone runs, and one whose six pages are too few for what its four slots ask for."""
+    jax.clear_caches()  # after many other tests what is compiled may be forgotten, and compiled again
     path = tmp_path_factory.mktemp("models") / "nano.gguf"
     write_deepseek2(path, layers=2)
     sizes = dict(ctx_size=384, ubatch=128, keep_drawn=False, compilation_cache=None)
