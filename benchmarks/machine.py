@@ -1,5 +1,6 @@
 """Where and how a benchmark was run, for its results: nothing in it tells of folders or people."""
 
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -31,6 +32,19 @@ def commit() -> str:
 def command(script: str, arguments: Sequence[str]) -> str:
     """Returns a command line, without where files lie on this machine."""
     return shlex.join(["python", script, *map(_without_folders, arguments)])
+
+
+def about(script: str, arguments: Sequence[str], packages: Sequence[str]) -> dict:
+    """Returns where and how `script` runs, with the versions of some packages."""
+    return dict(
+        cpu=cpu_name(),
+        cores=sorted(os.sched_getaffinity(0)),
+        load_average=round(os.getloadavg()[0], 2),
+        python=platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        commit=commit(),
+        command=command(script, arguments),
+    )
 
 
 def _without_folders(argument):

@@ -27,11 +27,8 @@ plot (by matplotlib, extra `notebooks`) beside it.
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import shlex
 import shutil
 import sys
@@ -68,16 +65,8 @@ _BEGAN = time.monotonic()
 
 
 def _about():
-    return dict(
-        model=pathlib.Path(_MODEL.value).name,
-        cpu=machine.cpu_name(),
-        cores=sorted(os.sched_getaffinity(0)),
-        load_average=round(os.getloadavg()[0], 2),
-        python=platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        commit=machine.commit(),
-        command=machine.command("benchmarks/serve.py", sys.argv[1:]),
-    )
+    facts = machine.about("benchmarks/serve.py", sys.argv[1:], _PACKAGES)
+    return dict(model=pathlib.Path(_MODEL.value).name, **facts)
 
 
 def _number(flag, text):

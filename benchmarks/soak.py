@@ -13,11 +13,8 @@ the object is written as well.
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import sys
 
 from absl import app, flags
@@ -38,17 +35,8 @@ _OUT = flags.DEFINE_string("out", None, "JSON file to write as well.")
 
 
 def _about():
-    return dict(
-        model=mla_jax.generate.PACKAGED_MODEL.name,
-        cpu=machine.cpu_name(),
-        cores=sorted(os.sched_getaffinity(0)),
-        load_average=round(os.getloadavg()[0], 2),
-        cpu_kernels=cpu_kernels.available(),
-        python=platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-        commit=machine.commit(),
-        command=machine.command("benchmarks/soak.py", sys.argv[1:]),
-    )
+    facts = machine.about("benchmarks/soak.py", sys.argv[1:], ("jax", "jaxlib"))
+    return dict(model=mla_jax.generate.PACKAGED_MODEL.name, cpu_kernels=cpu_kernels.available(), **facts)
 
 
 def _progress(what, count):

@@ -197,23 +197,28 @@ def soak(
     while live:
         take()
     engine.forget()
-    after = engine.stats()
-    gone = lambda name: getattr(after, name) - getattr(before, name)
     return dict(
         seconds=round(time.perf_counter() - began, 1),
         ended=dict(sorted(ended.items())),
+        most_running=running,
+        fewest_pages_free=free,
+        **_counts(before, engine.stats()),
+        rss_mib=[round(statistics.median(values), 1) for values in rss],
+        texts_that_differ=sorted(set(differ)),
+    )
+
+
+def _counts(before, after):
+    gone = lambda name: getattr(after, name) - getattr(before, name)
+    return dict(
         tokens_drawn=gone("drawn_tokens"),
         tokens_read=gone("prompt_tokens"),
         tokens_cached=gone("cached_tokens"),
         steps=gone("steps"),
         preemptions=gone("preemptions"),
-        most_running=running,
         pages=after.pages_total,
-        fewest_pages_free=free,
         pages_lost=after.pages_total - after.pages_free,
         compiled_meanwhile=gone("compiles"),
-        rss_mib=[round(statistics.median(values), 1) for values in rss],
-        texts_that_differ=sorted(set(differ)),
     )
 
 
