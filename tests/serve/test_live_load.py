@@ -31,7 +31,7 @@ class Served:
         self.service = Service(model, Settings(alias="nano", file_name="nano.gguf"))
         bound, is_up = server_lib.bind("127.0.0.1", 0), threading.Event()
         self.url, self.address = server_lib.url(bound), bound.getsockname()
-        about = dict(drain_seconds=5.0, started=is_up.set)
+        about = dict(drain_seconds=5.0, started=is_up.set, stopping=lambda: None)
         self._thread = threading.Thread(target=server_lib.run, args=(self.service, bound), kwargs=about)
         self._thread.start()
         assert is_up.wait(30)
