@@ -61,7 +61,7 @@ class SafetensorsFolder:
     """A checked checkpoint, of which only headers have been read; its files must not change.
 
     Attributes:
-      path: the folder.
+      path: the folder, or the file if only one was opened.
       tensors: tensors by name, file after file.
     """
 
@@ -111,8 +111,7 @@ def open_folder(folder: str | os.PathLike) -> SafetensorsFolder:
     folder = os.fspath(folder)
     single, index = os.path.join(folder, SINGLE_NAME), os.path.join(folder, INDEX_NAME)
     if os.path.exists(single) or not os.path.exists(index):
-        tensors, stat = _open_file(single)
-        return SafetensorsFolder(folder, tensors, {single: stat})
+        return dataclasses.replace(open_file(single), path=folder)
     file_of = _weight_map(index)
     tensors, stats = {}, {}
     for file_name in dict.fromkeys(file_of.values()):
@@ -126,6 +125,13 @@ def open_folder(folder: str | os.PathLike) -> SafetensorsFolder:
     if missing is not None:
         raise GGUFError(f"{os.path.join(folder, file_of[missing])}: tensor {missing!r:.160} is missing.")
     return SafetensorsFolder(folder, tensors, stats)
+
+
+def open_file(path: str | os.PathLike) -> SafetensorsFolder:
+    """Opens a single file and checks its header; errors as for `open_folder`."""
+    path = os.fspath(path)
+    tensors, stat = _open_file(path)
+    return SafetensorsFolder(path, tensors, {path: stat})
 
 
 def _weight_map(path: str) -> dict[str, str]:

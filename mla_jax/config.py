@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+import fnmatch
+from collections.abc import Callable
 
 # Far beyond any published model, and still nothing that is computed from them overflows float32.
 _MIN_FACTOR, _MAX_FACTOR = 1e-3, 1e3  # of scores and of what experts add
@@ -97,8 +99,8 @@ class RopeConfig:
     factor: float = 1.0  # new context length / trained context length
     original_context_length: int = 0  # trained context length; read by YaRN alone
     yarn_log_multiplier: float = 0.0  # 0.1 * mscale_all_dim of the published configs
-    beta_fast: float = 32.0  # turns within the trained context from which on YaRN keeps a pair as it is,
-    beta_slow: float = 1.0  # and up to which it stretches it in full
+    beta_fast: float = 32.0  # turns within the trained context from which on YaRN keeps a pair as it is
+    beta_slow: float = 1.0  # turns up to which YaRN stretches a pair in full
     attention_factor: float = (
         1.0  # `rope.scaling.attn_factor`: multiplies queries and keys, so squared in scores
     )
@@ -170,6 +172,37 @@ ROPE_HADAMARD_SIZE = 64  # of the rotary part, and of keys per head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Taps:
+    """What is recorded and edited inside the network, by names of `mla_jax.nn.taps.PLACES` and their layers.
+
+    A name may be a pattern: `"resid.*"` is that of all layers, `"*.3"` all of layer 3.
+
+    Attributes:
+      record: names of values to record.
+      edits: names and functions from (value, positions i32[B, T]) to a value of the same shape and dtype,
+        applied in this order. Functions are compared by identity: another one compiles anew.
+    """
+
+    record: tuple[str, ...] = ()
+    edits: tuple[tuple[str, Callable], ...] = ()
+
+    def __post_init__(self):
+        if not isinstance(self.record, tuple) or not all(isinstance(name, str) for name in self.record):
+            raise ValueError(f"record must be a tuple of names, got {self.record!r}.")
+        for name, function in self.edits:
+            if not isinstance(name, str) or not callable(function):
+                raise ValueError(f"edits must be names and functions, got {name!r} and {function!r}.")
+
+    def records(self, name: str) -> bool:
+        """Whether the value `name` is recorded."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.record)
+
+    def edits_of(self, name: str) -> list[Callable]:
+        """Returns the functions to apply to the value `name`."""
+        return [function for pattern, function in self.edits if fnmatch.fnmatchcase(name, pattern)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """How a model is run: speed and memory, and results only by rounding, `group_routing` apart."""
 
@@ -181,6 +214,8 @@ class RunConfig:
     attention_max_batch: int = 256  # MiB for the scores, keys and values of some heads at a time; 0: no limit
     group_routing: bool = True  # False: ignore expert groups, as ik_llama.cpp does
     gpu_kernels: bool | None = None  # whether to trace them, which takes time; None: if JAX's device is a GPU
+    taps: Taps | None = None  # values to record and edits; without any, None costs nothing
+    remat: bool = False  # under grad compute each layer again in the backward pass, to hold one at a time
 
     def __post_init__(self):
         if self.mla not in list(MLAMode):

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import math
 import operator
 import pathlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,13 +15,16 @@ from absl import logging
 
 import checkpoints_tools
 import cpu_kernels
-from checkpoints_tools import hparams
+from checkpoints_tools import hparams, lora_files, names
+from checkpoints_tools.load import Checkpoint
 from mla_jax import cache as cache_lib
-from mla_jax import chat, sampler, steps, tokenizer
+from mla_jax import chat, sampler, steps, taps, tokenizer
 from mla_jax import expert_reduction as reduction_lib
+from mla_jax import lora as lora_lib
 from mla_jax.cache import init_cache
 from mla_jax.completion import Completion, Piece, Timings
 from mla_jax.config import ModelConfig, RunConfig
+from mla_jax.nn.taps import check
 from mla_jax.nn.transformer import lay_out
 from mla_jax.serve.device import Device
 from mla_jax.serve.engine import Engine
@@ -66,7 +71,7 @@ class Model:
           params: nested dict of weights.
           config: the model.
           vocabulary: its tokens.
-          run: how it is run.
+          run: how it is run, edits included; nothing is there to take what is recorded.
           ctx_size: as for `load`.
           ubatch: prompt tokens computed at a time.
           parallel: requests that run at a time.
@@ -83,6 +88,10 @@ class Model:
             raise ValueError(f"ubatch must be at least 1, got {ubatch}.")
         if not 1 <= parallel <= MAX_PARALLEL:
             raise ValueError(f"parallel must be in [1, {MAX_PARALLEL}], got {parallel}.")
+        check(config, run.taps)
+        if run.taps is not None and run.taps.record:
+            names = ", ".join(run.taps.record)
+            raise ValueError(f"record must be empty for texts, `taps.generate` records, got {names}.")
         self.params, self.config, self.run = lay_out(params, run), config, run
         self.ctx_size, self.timings = ctx_size, Timings()
         self.tokenizer = _tokenizer(vocabulary, config)
@@ -283,6 +292,42 @@ def _prepare(compilation_cache):
         logging.warning("compiled code is not kept: %s: %s", compilation_cache, error.strerror)
 
 
+AdapterSource = str | pathlib.Path | lora_lib.Lora
+
+
+def adapted(
+    checkpoint: Checkpoint, adapters: Sequence[AdapterSource | tuple[AdapterSource, float]]
+) -> dict[str, Any]:
+    """Returns the weights of a checkpoint with LoRA adapters beside them, whose updates add up.
+
+    Args:
+      checkpoint: the model.
+      adapters: `Lora`s, GGUF files or folders of PEFT, each alone or in a tuple with what multiplies its
+        updates.
+
+    Raises:
+      ValueError: for what is no sound adapter of this model, or a scale that is not finite.
+    """
+    params, at_hand = checkpoint.params, names.flatten(checkpoint.params)
+    for adapter in adapters:
+        source, strength = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+        if not math.isfinite(strength):
+            raise ValueError(f"the scale of an adapter must be finite, got {strength}.")
+        if not isinstance(source, lora_lib.Lora):
+            source = lora_files.load_lora(source, checkpoint.config, at_hand)
+        params = lora_lib.attach(params, source, strength)
+    return params
+
+
+def _model(checkpoint, params, expert_reduction, *, ctx_size, **model):
+    limit = checkpoint.config.context_length
+    ctx_size = min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)
+    vocabulary = hparams.vocabulary(checkpoint.metadata, checkpoint.config, checkpoint.path)
+    loaded = Model(params, checkpoint.config, vocabulary, ctx_size=ctx_size, **model)
+    loaded.expert_reduction = reduction_lib.per_layer(loaded.config, expert_reduction)
+    return loaded
+
+
 def load(
     path: str | pathlib.Path = PACKAGED_MODEL,
     *,
@@ -296,6 +341,8 @@ def load(
     group_routing: bool = True,
     gpu_kernels: bool | None = None,
     expert_reduction: reduction_lib.Setting | None = None,
+    edits: Mapping[str, Callable] | None = None,
+    lora: Sequence[AdapterSource | tuple[AdapterSource, float]] = (),
     compilation_cache: str | pathlib.Path | None = steps.COMPILATION_CACHE,
     progress=None,
     **model,
@@ -315,6 +362,8 @@ def load(
       group_routing: False ignores expert groups, as ik_llama.cpp does.
       gpu_kernels: False leaves a GPU to XLA; None takes the kernels where JAX's device is one.
       expert_reduction: (Kmin, t) of Smart Expert Reduction, see `ExpertReduction`; None for off.
+      edits: functions that change values inside the network in every step, see `taps.run`.
+      lora: adapters of weights, each alone or with the scale of its updates, see `adapted`.
       compilation_cache: folder of compiled code of this process; None leaves it as it is.
       progress: called with (tensors done, tensors, bytes done, bytes) while loading; None prints a line.
       **model: `ubatch`, `parallel` and further arguments of `Model`.
@@ -325,21 +374,17 @@ def load(
     Raises:
       ValueError: for a file that is no sound deepseek2 GGUF, or a setting out of range.
     """
+    of_cache = dict(cache_type=cache_type, cache_type_rope=cache_type_rope, hadamard_size=hadamard_size)
     run = RunConfig(
         mla=mla,
         flash=flash,
-        cache_type=cache_type,
-        cache_type_rope=cache_type_rope,
-        hadamard_size=hadamard_size,
+        **of_cache,
         attention_max_batch=attention_max_batch,
         group_routing=group_routing,
         gpu_kernels=gpu_kernels,
     )
+    run = taps.tapped(run, edits=edits)
     _prepare(compilation_cache)
     checkpoint = checkpoints_tools.load_gguf(path, progress=progress)
-    limit = checkpoint.config.context_length
-    ctx_size = min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)
-    vocabulary = hparams.vocabulary(checkpoint.metadata, checkpoint.config, checkpoint.path)
-    loaded = Model(checkpoint.params, checkpoint.config, vocabulary, run=run, ctx_size=ctx_size, **model)
-    loaded.expert_reduction = reduction_lib.per_layer(loaded.config, expert_reduction)
-    return loaded
+    params = adapted(checkpoint, lora)
+    return _model(checkpoint, params, expert_reduction, run=run, ctx_size=ctx_size, **model)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import statistics
@@ -13,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax import expert_reduction as reduction_lib
+from mla_jax import perplexity, result_files, taps
 from mla_jax.generate import Model
-from mla_jax.nn.transformer import Transformer
 
 _SHARES = (0.2, 0.4, 0.6, 0.8)  # thresholds of the adaptive settings
 
@@ -109,11 +108,19 @@ def table(rows: Iterable[Row]) -> str:
 
 def write(rows: Sequence[Row], folder: pathlib.Path, about: dict) -> None:
     """Writes `ser-sweep.json` and a plot of it, `ser-sweep.png`, into a folder that exists."""
-    import matplotlib.pyplot as plt  # an extra, and slow to import
-
     record = about | dict(rows=[dataclasses.asdict(row) for row in rows])
-    (folder / "ser-sweep.json").write_text(json.dumps(record) + "\n")
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    files = {
+        "ser-sweep.json": result_files.json_bytes(record),
+        "ser-sweep.png": result_files.png_bytes(_plot(rows)),
+    }
+    result_files.write(folder, files)
+
+
+def _plot(rows):
+    from matplotlib.figure import Figure  # an extra, and slow to import
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     groups = {
         "off": [row for row in rows if row.threshold == 0],
         "fixed count (t = 1)": [row for row in rows if row.threshold == 1],
@@ -132,17 +139,14 @@ def write(rows: Sequence[Row], folder: pathlib.Path, about: dict) -> None:
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="perplexity")
     panels[0].legend()
-    figure.tight_layout()
-    figure.savefig(folder / "ser-sweep.png", dpi=120)
+    return figure
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run"))
 def _predict(params, tokens, reduction, *, config, run):
     """Returns the mean cross-entropy in nats of a window i32[1, T + 1], and experts kept per token."""
-    (logits, _), recorded = Transformer(config, run).apply(
-        {"params": params}, tokens[:, :-1], None, reduction=reduction, mutable="intermediates"
-    )
-    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
-    ids = [layer["ffn"]["router"]["expert_ids"][0] for layer in recorded["intermediates"].values()]
-    kept = jnp.mean(jnp.stack([(part < config.moe.num_experts).sum(-1).mean() for part in ids]))
+    settings = dict(config=config, run=run, record=("expert_ids.*",), reduction=reduction)
+    logits, _, seen = taps.run(params, tokens[:, :-1], **settings)
+    nats = perplexity.cross_entropy(logits, tokens[:, 1:]).mean()
+    kept = jnp.mean(jnp.stack([(ids < config.moe.num_experts).sum(-1).mean() for ids in seen.values()]))
     return jnp.stack([nats, kept])

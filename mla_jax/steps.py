@@ -18,6 +18,7 @@ from mla_jax import logits as logits_lib
 from mla_jax import sampler
 from mla_jax.cache import Cache
 from mla_jax.config import ModelConfig, RunConfig
+from mla_jax.nn import taps
 from mla_jax.nn.moe import ExpertReduction
 from mla_jax.nn.transformer import Transformer
 
@@ -87,20 +88,14 @@ def route(
       the cache, and of the L layers with experts ids i32[L, B, T, K], E for one that was left out, and
       weights f32[L, B, T, K].
     """
-    (_, cache), recorded = Transformer(config, run).apply(
-        {"params": params},
-        tokens,
-        cache,
-        num_tokens,
-        None,
-        reduction,
-        method="hidden",
-        mutable="intermediates",
+    inputs = tokens, cache, num_tokens, None, reduction
+    transformer = Transformer(config, taps.tapped(run, ("expert_ids.*", "expert_weights.*")))
+    (_, cache), variables = transformer.apply(
+        {"params": params}, *inputs, method="hidden", mutable=taps.COLLECTION
     )
-    layers = range(config.num_dense_layers, config.num_layers)
-    routers = [recorded["intermediates"][f"layers_{i}"]["ffn"]["router"] for i in layers]
-    stack = lambda name: jnp.stack([router[name][0].reshape(*tokens.shape, -1) for router in routers])
-    return cache, stack("expert_ids"), stack("expert_weights")
+    seen = taps.collected(variables, config)
+    of = lambda kind: jnp.stack([value for name, value in seen.items() if name.startswith(kind)])
+    return cache, of("expert_ids"), of("expert_weights")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run"), donate_argnames=("recent", "cache"))

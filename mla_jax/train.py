@@ -13,7 +13,11 @@ import optax
 import orbax.checkpoint as ocp
 
 from mla_jax.config import ModelConfig, RunConfig
+from mla_jax.nn import taps
+from mla_jax.nn.moe import ExpertReduction
 from mla_jax.nn.transformer import Transformer, init_params
+
+_LOGITS = 1 << 23  # that are held at a time: 32 MiB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,14 +70,46 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
 
 def cross_entropy(params, tokens: jax.Array, config: ModelConfig):
     """Returns the mean loss in nats of predicting `tokens` i32[B, T + 1], and expert loads f32[E] each."""
-    model = Transformer(config, RunConfig())
-    (logits, _), sown = model.apply({"params": params}, tokens[:, :-1], mutable="intermediates")
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-    loads = {}
-    for layer, taps in sown.get("intermediates", {}).items():
-        ids = taps["ffn"]["router"]["expert_ids"][0]
-        loads[layer] = jnp.bincount(ids.reshape(-1), length=config.moe.num_experts).astype(jnp.float32)
-    return loss, loads
+    routed = () if config.moe is None else ("expert_ids.*",)
+    losses, seen = _losses(params, tokens, config, taps.tapped(RunConfig(), routed))
+    count = lambda ids: jnp.bincount(ids.reshape(-1), length=config.moe.num_experts).astype(jnp.float32)
+    return losses.mean(), {name.replace("expert_ids.", "layers_"): count(ids) for name, ids in seen.items()}
+
+
+def token_losses(
+    params,
+    tokens: jax.Array,
+    *,
+    config: ModelConfig,
+    run: RunConfig,
+    reduction: ExpertReduction | None = None,
+) -> jax.Array:
+    """Returns the losses f32[B, T] in nats of predicting `tokens` i32[B, T + 1], each from those before it.
+
+    Differentiable in whatever weights are arrays, in adapters and, where it has a temperature, in the
+    threshold of `reduction`. The logits of some tokens are held at a time, also in the backward pass.
+    """
+    return _losses(params, tokens, config, run, reduction)[0]
+
+
+def _losses(params, tokens, config, run, reduction=None):
+    model, inputs = Transformer(config, run), (tokens[:, :-1], None, None, None, reduction)
+    (x, _), recorded = model.apply({"params": params}, *inputs, method="hidden", mutable=taps.COLLECTION)
+
+    def of_some(part):
+        logits = model.apply({"params": params}, part[0], method="unembed")
+        return optax.softmax_cross_entropy_with_integer_labels(logits, part[1])
+
+    rows, targets = x.reshape(-1, x.shape[-1]), tokens[:, 1:].reshape(-1)
+    size = min(len(rows), max(1, _LOGITS // config.vocab_size))
+    num_pieces = -(-len(rows) // size)
+    padding = num_pieces * size - len(rows)
+    pieces = (
+        jnp.pad(rows, ((0, padding), (0, 0))).reshape(num_pieces, size, -1),
+        jnp.pad(targets, (0, padding)).reshape(num_pieces, size),
+    )
+    losses = jax.lax.map(jax.checkpoint(of_some), pieces).reshape(-1)
+    return losses[: len(rows)].reshape(tokens.shape[0], -1), taps.collected(recorded, config)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
@@ -118,13 +154,37 @@ def fit(stream: np.ndarray, config: ModelConfig, train: TrainConfig, folder: pat
     longest = max(train.window, train.long_window)
     if stream.size <= longest + 1:
         raise ValueError(f"the corpus must be longer than a window of {longest}, got {stream.size} tokens.")
+    params = init_params(jax.random.key(train.seed), config)
+    state = TrainState(params=params, optimizer=make_optimizer(train).init(params), step=jnp.int32(0))
+    take = functools.partial(train_step, config=config, train=train)
+    draw = functools.partial(draw_batch, stream, train)
+    return run_steps(state, take, draw, train, folder, report).params
+
+
+def run_steps(state: TrainState, take, draw, train, folder: pathlib.Path, report) -> TrainState:
+    """Takes the steps of a plan, resuming from the newest checkpoint, and returns the last state.
+
+    Args:
+      state: the first one, which says what a checkpoint must look like.
+      take: from a state and a batch to the next state and its loss.
+      draw: from the number of a step to its batch, of which the first array is tokens i32[B, T + 1].
+      train: has `steps` and `checkpoint_every`.
+      folder: where checkpoints go.
+      report: called with one line of progress at a time.
+
+    Raises:
+      ValueError: if a loss is not finite.
+    """
     options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=train.checkpoint_every)
     with ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options) as manager:
-        state = _start_or_resume(manager, config, train, report)
+        if manager.latest_step() is not None:
+            report(f"resuming from step {manager.latest_step()} in {manager.directory}")
+            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
         losses, began, done, seen = [], time.perf_counter(), int(state.step), 0
         for step in range(done, train.steps):
-            tokens = draw_batch(stream, train, step)
-            state, loss = train_step(state, tokens, config=config, train=train)
+            batch = draw(step)
+            state, loss = take(state, batch)
+            tokens = jax.tree.leaves(batch)[0]
             seen += tokens.size - len(tokens)
             losses.append(float(loss))
             if not math.isfinite(losses[-1]):
@@ -138,16 +198,7 @@ def fit(stream: np.ndarray, config: ModelConfig, train: TrainConfig, folder: pat
                 done_of = f"step {step + 1}/{train.steps}"
                 report(f"{done_of}  loss {mean:.3f}  {seen / seconds:.0f} tokens/s  {left / 60:.0f} min left")
         manager.wait_until_finished()
-    return state.params
-
-
-def _start_or_resume(manager, config, train, report):
-    params = init_params(jax.random.key(train.seed), config)
-    state = TrainState(params=params, optimizer=make_optimizer(train).init(params), step=jnp.int32(0))
-    if manager.latest_step() is None:
-        return state
-    report(f"resuming from step {manager.latest_step()} in {manager.directory}")
-    return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+    return state
 
 
 def bits_per_byte(

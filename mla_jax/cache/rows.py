@@ -18,7 +18,7 @@ from mla_jax.cache.codec import Stored
 from mla_jax.config import MLAMode, ModelConfig, RunConfig
 
 SLOT_MULTIPLE = 256  # contiguous capacities are rounded up to it, so that chunks never run past the end
-PAGE_SIZE = 64
+PAGE_SIZE = 64  # tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ def save(
       Bytes written.
 
     Raises:
-      ValueError: for more tokens than rows.
+      ValueError: for more tokens than rows, or a run with edits.
       OSError: if the file cannot be written.
     """
     tokens = np.asarray(tokens, np.int32)
@@ -110,7 +110,7 @@ def load(
 
     Raises:
       ValueError: for a file that is truncated, altered, of another model or other settings, or has more
-        tokens than the sequence has room.
+        tokens than the sequence has room; or for a run with edits.
       OSError: if the file cannot be read.
     """
     num_slots = cache.layers[0].at(None if pages is None else np.asarray(pages)[None]).num_slots
@@ -170,7 +170,10 @@ def _filled(path, cache, parts, places):
 
 
 def _settings(run, expert_reduction):
-    """Returns what decides the meaning of a row, by name."""
+    """Returns what decides the meaning of a row, by name, which no function that edits it has in a file."""
+    if run.taps is not None and run.taps.edits:
+        edited = ", ".join(name for name, _ in run.taps.edits)
+        raise ValueError(f"a cache in a file must be of a model without edits, got edits of {edited}.")
     return {
         "rows": "keys and values per head" if run.mla == MLAMode.EXPANDED else "latents",
         "cache_type": run.cache_type,

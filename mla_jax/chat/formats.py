@@ -16,7 +16,8 @@ from collections.abc import Container
 from mla_jax.chat import templates
 from mla_jax.tokenizer import CONTROL, UNKNOWN, Tokenizer
 
-THINK, END_OF_THINK = "<think>", "</think>"
+THINK = "<think>"  # before reasoning
+END_OF_THINK = "</think>"  # and after it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,7 @@ _CHATGLM_4 = (
     "{% if thinking is defined and not thinking %}{{ '\n' }}<think></think>{% endif %}{% endif %}"
 )
 
-BUILTIN_TEMPLATES = {
+BUILTIN_TEMPLATES = {  # jinja, by name
     "deepseek2": _DEEPSEEK_2,
     "deepseek3": _DEEPSEEK_3,
     "deepseek3.1": _DEEPSEEK_3_1,

@@ -2,7 +2,9 @@
 
 import contextlib
 import difflib
+import importlib.metadata
 import os
+import platform
 import signal
 import sys
 import threading
@@ -12,8 +14,9 @@ from typing import NamedTuple
 import jax
 from absl import flags as absl_flags
 
+import cpu_kernels
 from mla_jax.cli import argv as argv_lib
-from mla_jax.cli import autotune, commands, file_commands, serve_flags
+from mla_jax.cli import autotune, commands, file_commands, lora, measure_flags, measures, serve_flags
 from mla_jax.cli import flags as flags_lib
 
 
@@ -29,6 +32,12 @@ def _serve(values):
     from mla_jax.cli import serve  # the web server takes a while to import: not for other commands
 
     return serve.serve(values)
+
+
+def _finetune(values):
+    from mla_jax.cli import finetune  # orbax takes half a second to import
+
+    return finetune.finetune(values)
 
 
 _SERVERS = ("serve", "llama-server")
@@ -53,11 +62,22 @@ _COMMANDS = {
         ("input", "out"),
     ),
     "split": _Command(file_commands.split, "write a GGUF file as several", ("input", "prefix")),
+    "export-lora": _Command(lora.export_lora, "write a GGUF file with adapters merged into its weights"),
     "merge": _Command(file_commands.merge, "write a split GGUF file as one", ("first", "out")),
     "diff": _Command(file_commands.diff, "print how far two GGUF files are apart", ("first", "second")),
-    "ser-sweep": _Command(commands.ser_sweep, "measure what dropping experts costs and saves", ("model",)),
+    "perplexity": _Command(
+        measures.measure_perplexity,
+        "measure how well a model foresees a text, or its distance to a base",
+        ("model",),
+    ),
+    "sweep-bench": _Command(measures.sweep_bench, "measure speeds as the context fills", ("model",)),
+    "bench": _Command(measures.bench, "measure the speed of prompts and of drawing", ("model",)),
+    "ser-sweep": _Command(measures.ser_sweep, "measure what dropping experts costs and saves", ("model",)),
     "autotune": _Command(
         autotune.autotune, "measure tile sizes of the GPU kernels at the shapes of a model", ("model",)
+    ),
+    "finetune": _Command(
+        _finetune, "train adapters of a model whose weights stay as the file has them", ("model",)
     ),
     "train": _Command(commands.train, "train the packaged model on Python's own sources"),
 }
@@ -136,12 +156,15 @@ def _run(args):
         print(_overview())
         return 0
     name = args[0]
+    if name == "--version":
+        print(_version())
+        return 0
     if name not in _COMMANDS:
         nearest = difflib.get_close_matches(name, _COMMANDS, n=1)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
         raise argv_lib.UsageError(f"the command must be one of {', '.join(_COMMANDS)}, got {name!r}.{hint}")
     command, values = _COMMANDS[name], _flags(name)
-    about = serve_flags if name in _SERVERS else flags_lib
+    about = _flags_of(name)
     argv_lib.parse(
         args[1:],
         values,
@@ -158,20 +181,41 @@ def _run(args):
     return command.run(values) or 0
 
 
+def _flags_of(name):
+    """Returns the module that has the spellings of a command's flags."""
+    if name in _SERVERS:
+        return serve_flags
+    return measure_flags if name in measure_flags.COMMANDS else flags_lib
+
+
 def _flags(name):
-    return serve_flags.command_flags() if name in _SERVERS else flags_lib.command_flags(name)
+    about = _flags_of(name)
+    return about.command_flags() if about is serve_flags else about.command_flags(name)
+
+
+def _version():
+    """Returns what runs: the package, JAX with its device, and whether there are CPU kernels."""
+    device = jax.devices()[0]
+    kernels = f"no CPU kernels: {cpu_kernels.unavailable_because()}"
+    if cpu_kernels.available():
+        kernels = f"CPU kernels for {', '.join(cpu_kernels.instruction_sets())}"
+    lines = [f"mla-jax {importlib.metadata.version('mla-jax')}", f"python {platform.python_version()}"]
+    return "\n".join([*lines, f"jax {jax.__version__} on {device.platform} ({device.device_kind})", kernels])
 
 
 def _overview():
     lines = ["usage: mla-jax COMMAND [FLAGS]", ""]
     lines += [f"  {name:<12} {command.text}" for name, command in _COMMANDS.items()]
-    lines += ["", "`mla-jax COMMAND --help` lists the flags of a command.", ""]
+    lines += [
+        "",
+        "`mla-jax COMMAND --help` lists the flags of a command, `mla-jax --version` says what runs.",
+        "",
+    ]
     return "\n".join([*lines, "example: mla-jax generate -p 'def read_lines(path):' -n 64"])
 
 
 def _help(name, values: absl_flags.FlagValues):
-    aliases = serve_flags.ALIASES if name in _SERVERS else flags_lib.ALIASES
-    short = {flag: alias for alias, flag in aliases.items() if len(alias) < 4}
+    short = {flag: alias for alias, flag in _flags_of(name).ALIASES.items() if len(alias) < 4}
     rows = [_help_row(values[flag], short.get(flag)) for flag in values]
     width = max(len(spelling) for spelling, _ in rows)
     lines = [f"usage: {_usage(name, values)}: {_COMMANDS[name].text}", ""]

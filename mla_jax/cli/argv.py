@@ -10,6 +10,7 @@ class UsageError(ValueError):
     """A command line that cannot be run; the message is one sentence for its writer."""
 
 
+PAIRS = ("lora_scaled",)  # flags that take two values
 OPTIONAL_VALUES = {"flash_attn": ("on", "off", "auto")}  # flags that may stand alone, and then mean the first
 
 
@@ -53,6 +54,8 @@ def parse(
             continue
         if not has_value:
             value = _value(written, name, values, rest)
+        if name in PAIRS:
+            value = [value, _value(written, name, values, rest)]
         _refuse(f"{written} {value}", f"{name}={value}", refused)
         _set(written, values[name], value)
     values.mark_as_parsed()
@@ -81,7 +84,8 @@ def _value(written, name, values, rest):
         choices = OPTIONAL_VALUES[name]
         return rest.pop(0) if rest and rest[0] in choices else choices[0]
     if not rest:
-        raise UsageError(f"{written} must be followed by a value.")
+        count = "two values" if name in PAIRS else "a value"
+        raise UsageError(f"{written} must be followed by {count}.")
     return rest.pop(0)
 
 

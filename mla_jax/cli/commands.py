@@ -1,17 +1,11 @@
 """What each command does with its flags."""
 
 import dataclasses
-import importlib.util
-import itertools
-import os
 import pathlib
 import sys
 
-import jax
-
 import checkpoints_tools
 from mla_jax import corpus, presets
-from mla_jax import ser_sweep as sweep_lib
 from mla_jax.cli import expert_stats, loading, paths
 from mla_jax.cli.argv import UsageError
 
@@ -64,35 +58,6 @@ def chat(values):
         _write("\n")
         _report(model, drawn)
         messages.append({"role": "assistant", "content": "".join(piece.text for piece in drawn)})
-
-
-def ser_sweep(values):
-    """Prints perplexity, kept experts and speed for a grid of expert reductions."""
-    if values.smart_expert_reduction or values.ser_layers:
-        raise UsageError("-ser must not be given: ser-sweep tries settings of its own.")
-    if values.out is not None and not pathlib.Path(values.out).is_dir():
-        raise UsageError(f"--out must be a folder that exists, got {values.out!r}.")
-    if values.out is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--out needs matplotlib for its plot; install it, or the extra `notebooks`.")
-    documents = [_read(values.text)] if values.text else corpus.standard_library().held_out
-    model = loading.load(values)
-    tokens = list(itertools.chain.from_iterable(map(model.tokenizer.encode, documents)))[: values.tokens + 1]
-    used = model.config.moe.num_experts_per_token if model.config.moe else 1
-    rows = sweep_lib.sweep(
-        model, tokens, sweep_lib.grid(used), window=values.window, decoded=values.predict, report=loading.tell
-    )
-    _write(sweep_lib.table(rows) + "\n")
-    if values.out is not None:
-        about = dict(model=pathlib.Path(values.model).name, tokens=len(tokens) - 1, window=values.window)
-        about |= dict(cores=values.threads or os.cpu_count(), jax=jax.__version__)
-        sweep_lib.write(rows, pathlib.Path(values.out), about)
-
-
-def _read(path):
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} must be text in UTF-8, but byte {error.start} is none.") from None
 
 
 def train(values):

@@ -51,6 +51,7 @@ ALIASES = {
     "muge": "merge_up_gate_experts",
     "gr": "graph_reuse",
     "custom_q": "custom",
+    "o": "out",
     "split_max_size": "max_size",
     "split_max_tensors": "max_tensors",
 }
@@ -130,20 +131,20 @@ def define_run(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "ubatch_size", generate_lib.DEFAULT_UBATCH, "see --batch-size.", lower_bound=1, **own
     )
-    flags.DEFINE_integer(
-        "n_gpu_layers", 0, "0: run on the CPU; any other number: all on the GPU.", lower_bound=0, **own
-    )
-    flags.DEFINE_integer("threads", None, "CPU cores to use; without it, all.", lower_bound=1, **own)
+    _device(own)
     flags.DEFINE_boolean(
         "grouped_expert_routing", True, "route within expert groups if the file has them.", **own
-    )
-    flags.DEFINE_boolean(
-        "gpu_kernels", True, "on a GPU, run the kernels of this project; without them XLA does.", **own
     )
     flags.DEFINE_string(
         "smart_expert_reduction", None, "Kmin,t: drop experts beyond Kmin below t times the best.", **own
     )
     flags.DEFINE_string("ser_layers", None, 'JSON file of such settings by layer: {"3": [4, 0.2]}.', **own)
+    _lora(own)
+
+
+def _lora(own):
+    flags.DEFINE_multi_string("lora", [], "adapter: GGUF file or PEFT folder; several add up.", **own)
+    flags.DEFINE_multi_string("lora_scaled", [], "FILE SCALE: an adapter, and what multiplies it.", **own)
 
 
 def _autotune(own):
@@ -252,6 +253,39 @@ def _train(values):
     )
 
 
+def _finetune(values):
+    from mla_jax import finetune as finetune_lib  # as above
+
+    own, plan = dict(flag_values=values), finetune_lib.FinetuneConfig()
+    define_model(values)
+    flags.DEFINE_string("text", None, "what is learned: a text, or JSON lines (.jsonl).", **own)
+    flags.DEFINE_string("held_out", None, "the same, to tell the perplexity before and after.", **own)
+    flags.DEFINE_string("out", None, "adapter to write: a GGUF file (.gguf), or a folder for PEFT.", **own)
+    flags.DEFINE_string("folder", "runs/finetune", "checkpoints; a run resumes from the newest there.", **own)
+    flags.DEFINE_integer("steps", plan.steps, "optimiser steps.", lower_bound=1, **own)
+    flags.DEFINE_integer("batch", plan.batch, "windows per step.", lower_bound=1, **own)
+    flags.DEFINE_integer("window", plan.window, "tokens per window.", lower_bound=1, **own)
+    flags.DEFINE_float("learning_rate", plan.learning_rate, "peak learning rate.", lower_bound=0.0, **own)
+    flags.DEFINE_integer("rank", plan.rank, "rank of the adapters.", lower_bound=1, **own)
+    flags.DEFINE_float("alpha", plan.alpha, "scale of the adapters, times their rank.", **own)
+    own_target = "REGEX of names of weights that get adapters; may be repeated. [those of attention]"
+    flags.DEFINE_multi_string("target", [], own_target, **own)
+    flags.DEFINE_integer(
+        "seed", plan.seed, "of adapters and batches.", lower_bound=0, upper_bound=_SEED_UPPER, **own
+    )
+    _device(own)
+
+
+def _device(own):
+    flags.DEFINE_integer(
+        "n_gpu_layers", 0, "0: run on the CPU; any other number: all on the GPU.", lower_bound=0, **own
+    )
+    flags.DEFINE_integer("threads", None, "CPU cores to use; without it, all.", lower_bound=1, **own)
+    flags.DEFINE_boolean(
+        "gpu_kernels", True, "on a GPU, run the kernels of this project; without them XLA does.", **own
+    )
+
+
 def _quantize(own):
     flags.DEFINE_string("input", None, "GGUF file to read, or the first part of a split one.", **own)
     flags.DEFINE_string("out", None, "GGUF file to write; it may be INPUT.", **own)
@@ -303,6 +337,14 @@ def _diff(own):
     flags.DEFINE_string("second", None, "GGUF file to compare with it.", **own)
 
 
+def _export_lora(own):
+    flags.DEFINE_string("model", None, "GGUF file to read, or the first part of a split one.", **own)
+    _lora(own)
+    flags.DEFINE_string("out", None, "GGUF file to write; it may be the model.", **own)
+    flags.DEFINE_string("type", None, "of weights that are changed, as for quantize; else their own.", **own)
+    _dry_run(own)
+
+
 def _dry_run(own):
     flags.DEFINE_boolean("dry_run", False, "print what would be written, and write nothing.", **own)
 
@@ -311,10 +353,11 @@ def command_flags(command: str) -> flags.FlagValues:
     """Returns the flags of `command` at their defaults, in the order that help shows."""
     values = flags.FlagValues()
     on_files = {"quantize": _quantize, "convert": _convert, "split": _split, "merge": _merge, "diff": _diff}
+    on_files["export-lora"] = _export_lora
     if command in on_files:
         on_files[command](dict(flag_values=values))
-    elif command == "train":
-        _train(values)
+    elif command in ("train", "finetune"):
+        (_train if command == "train" else _finetune)(values)
     else:
         define_model(values)
     if command == "generate":

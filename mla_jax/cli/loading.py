@@ -1,6 +1,7 @@
 """From the flags that commands share to a loaded model."""
 
 import logging
+import math
 import os
 import sys
 import time
@@ -25,23 +26,17 @@ def load(values: absl_flags.FlagValues, **more: Any) -> generate_lib.Model:
       values: flags of `flags.define_model` and `flags.define_run`.
       **more: further arguments of `generate.load`.
     """
-    _show_log()
-    _choose_device(values)
-    setting, layers = _expert_reduction(values)
+    show_log()
+    choose_device(values)
+    setting, layers = expert_reduction(values)
     started = time.perf_counter()
     cache, told = _compilation_cache()
     model = generate_lib.load(
         values.model,
-        mla=int(values.mla),
-        flash=values.flash_attn != "off",
-        cache_type=values.cache_type_k,
-        cache_type_rope=values.cache_type_rope,
-        hadamard_size=_hadamard_size(values),
-        attention_max_batch=values.attention_max_batch,
+        **run_settings(values),
         ctx_size=values.ctx_size,
         ubatch=min(values.batch_size, values.ubatch_size),
-        group_routing=values.grouped_expert_routing,
-        gpu_kernels=None if values.gpu_kernels else False,
+        lora=adapters(values),
         compilation_cache=cache,
         **more,
     )
@@ -64,7 +59,39 @@ def load(values: absl_flags.FlagValues, **more: Any) -> generate_lib.Model:
     return model
 
 
-def _expert_reduction(values):
+def run_settings(values: absl_flags.FlagValues) -> dict[str, Any]:
+    """Returns the fields of `RunConfig` by the flags of `flags.define_run`; arguments of `generate.load`."""
+    return dict(
+        mla=int(values.mla),
+        flash=values.flash_attn != "off",
+        cache_type=values.cache_type_k,
+        cache_type_rope=values.cache_type_rope,
+        hadamard_size=_hadamard_size(values),
+        attention_max_batch=values.attention_max_batch,
+        group_routing=values.grouped_expert_routing,
+        gpu_kernels=None if values.gpu_kernels else False,
+    )
+
+
+def adapters(values: absl_flags.FlagValues) -> list[tuple[str, float]]:
+    """Returns the files or folders of adapters and their scales, by the flags `--lora` and `--lora-scaled`.
+
+    Raises:
+      UsageError: for a scale that is no finite number.
+    """
+    found = [(path, 1.0) for path in values.lora]
+    for path, text in zip(values.lora_scaled[::2], values.lora_scaled[1::2], strict=True):
+        try:
+            scale = float(text)
+        except ValueError:
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise UsageError(f"--lora-scaled must be a file and a finite number, got {path!r} {text!r}.")
+        found.append((path, scale))
+    return found
+
+
+def expert_reduction(values: absl_flags.FlagValues):
     """Returns the (Kmin, t) of all layers, or None, and those of single layers."""
     text, path = values.smart_expert_reduction, values.ser_layers
     setting = None if text is None else reduction_lib.parse(text)
@@ -77,7 +104,7 @@ def _hadamard_size(values):
     return int(values.hadamard_size or 64) if values.k_cache_hadamard else None
 
 
-def _show_log():
+def show_log() -> None:
     """Shows what loading has to say on stderr, as plain sentences."""
     logging.basicConfig(format="%(message)s")
     absl_logging.get_absl_logger().setLevel(logging.INFO)
@@ -93,7 +120,12 @@ def _compilation_cache():
     return folder, f"compiled code is kept in {folder}"
 
 
-def _choose_device(values):
+def choose_device(values: absl_flags.FlagValues) -> None:
+    """Chooses cores and device by the flags `--threads`, `-ngl` and `--gpu-kernels`.
+
+    Raises:
+      UsageError: for more cores than there are.
+    """
     if values.threads is not None:
         if not hasattr(os, "sched_setaffinity"):
             raise UsageError(

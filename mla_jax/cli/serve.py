@@ -101,6 +101,7 @@ def _settings(values):
     return dict(
         alias=values.alias or path.stem,
         file_name=path.name,
+        adapters=tuple((pathlib.Path(source).name, scale) for source, scale in loading.adapters(values)),
         api_keys=_keys(values),
         origins=_list(values.cors_origins),
         slot_folder=folder,

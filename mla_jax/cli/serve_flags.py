@@ -31,7 +31,7 @@ REFUSED = {key: why for key, why in flags_lib.REFUSED.items() if key != "paralle
     "rerank": "this server generates text and ranks none.",
     "pooling": "this server generates text and makes no embeddings.",
     "mmproj": "this server reads text alone.",
-    "lora": "weights are used as the file has them.",
+    "lora_init_without_apply": "adapters are applied from the start; --lora-scaled FILE 0 leaves one out.",
     "model_draft": "tokens are drawn by the model itself, one at a time.",
     "draft": "tokens are drawn by the model itself, one at a time.",
     "context_shift": "there is no context shift: an answer ends when the context is full.",

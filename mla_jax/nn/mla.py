@@ -16,9 +16,10 @@ import jax.numpy as jnp
 
 from mla_jax.cache import HeadRows, LatentRows, rotate
 from mla_jax.config import MLAMode, ModelConfig, RunConfig
-from mla_jax.nn import mla_on_cpu, mla_on_gpu
+from mla_jax.nn import mla_alone, mla_on_cpu, mla_on_gpu
 from mla_jax.nn import rope as rope_lib
 from mla_jax.nn.layers import Linear, NormWeight, RMSNorm, Stored, rms_norm
+from mla_jax.nn.taps import is_tapped, tap
 from mla_jax.nn.up_projections import UpProjections
 from mla_jax.quant import dispatch
 
@@ -28,7 +29,7 @@ PREFILL_TOKENS = 32  # modes 2 and 3 expand from this many new tokens on, paddin
 _MASKED = -1e30  # finite: a chunk that is masked throughout must not produce inf - inf
 
 
-def attend_heads(q, q_rope, rows: HeadRows, positions, *, sm_scale, chunk, rotation=None):
+def attend_heads(q, q_rope, rows: HeadRows, positions, *, sm_scale, chunk, rotation=None, with_lse=False):
     """Attends to keys and values cached per head (mode 0).
 
     Args:
@@ -39,16 +40,20 @@ def attend_heads(q, q_rope, rows: HeadRows, positions, *, sm_scale, chunk, rotat
       sm_scale: multiplies the scores, YaRN's squared temperature included.
       chunk: slots visited at a time; it divides the page size, or the page size divides it.
       rotation: block size of the Hadamard rotation that the cached keys have had, None for none.
+      with_lse: whether to return the log of the sum of exponentials of each query's scores too.
 
     Returns:
-      [B, T, N, V] in the dtype of `q`.
+      [B, T, N, V] in the dtype of `q`; with `with_lse` that and f32[B, T, N].
     """
     q_BTNA = rotate(jnp.concatenate([q, q_rope], axis=-1), rotation)
     read = lambda start: rows.read(start, chunk, positions[:, -1] + 1, q.dtype)
-    return _attend_heads(q_BTNA, read, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
+    settings = dict(sm_scale=sm_scale, chunk=chunk, with_lse=with_lse)
+    return _attend_heads(q_BTNA, read, positions, rows.num_slots, **settings)
 
 
-def attend_expanded(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, chunk, rotation=None):
+def attend_expanded(
+    q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, chunk, rotation=None, with_lse=False
+):
     """Attends with keys and values up-projected from the latent, a chunk at a time. Cheaper when T is large.
 
     Args:
@@ -61,17 +66,21 @@ def attend_expanded(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_sc
       sm_scale: multiplies the scores, YaRN's squared temperature included.
       chunk: slots visited at a time; it divides the page size, or the page size divides it.
       rotation: block size of the Hadamard rotation that the cached latents have had, None for none.
+      with_lse: whether to return the log of the sum of exponentials of each query's scores too.
 
     Returns:
-      [B, T, N, V] in the dtype of `q`.
+      [B, T, N, V] in the dtype of `q`; with `with_lse` that and f32[B, T, N].
     """
     q_BTNA = jnp.concatenate([q, q_rope], axis=-1)
     k_up, v_up = rotate(k_up, rotation), rotate(v_up, rotation)
     read = lambda start: expand(*rows.read(start, chunk, positions[:, -1] + 1, q.dtype), k_up, v_up)
-    return _attend_heads(q_BTNA, read, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
+    settings = dict(sm_scale=sm_scale, chunk=chunk, with_lse=with_lse)
+    return _attend_heads(q_BTNA, read, positions, rows.num_slots, **settings)
 
 
-def attend_absorbed(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, chunk, rotation=None):
+def attend_absorbed(
+    q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, chunk, rotation=None, with_lse=False
+):
     """Attends in latent space: multi-query attention, one key head of width R + P. Cheaper when T is small.
 
     Arguments and result as in `attend_expanded`.
@@ -86,8 +95,9 @@ def attend_absorbed(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_sc
         score_BNTC += jnp.einsum("BNTP,BCP->BNTC", qr_BNTP, rope_BCP, preferred_element_type=jnp.float32)
         return score_BNTC, lambda prob_BNTC: jnp.einsum("BNTC,BCR->BNTR", prob_BNTC, latent_BCR)
 
-    o_BNTR = _running_softmax(visit, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
-    return jnp.einsum("BNTR,NVR->BTNV", rotate(o_BNTR, rotation).astype(q.dtype), v_up)
+    o_BNTR, sums = _running_softmax(visit, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
+    o_BTNV = jnp.einsum("BNTR,NVR->BTNV", rotate(o_BNTR, rotation).astype(q.dtype), v_up)
+    return (o_BTNV, _log_sum_exp(*sums)) if with_lse else o_BTNV
 
 
 def expand(latent, rope, k_up, v_up):
@@ -109,7 +119,7 @@ def head_groups(num_heads: int, bytes_per_head: int, limit: int) -> int:
     return 1 if limit == 0 else next(filter(fits, divisors), num_heads)
 
 
-def _attend_heads(q_BTNA, read, positions, num_slots, *, sm_scale, chunk):
+def _attend_heads(q_BTNA, read, positions, num_slots, *, sm_scale, chunk, with_lse):
     """Attends to whatever keys and values per head `read(start)` gives."""
     q_BNTA = q_BTNA.swapaxes(1, 2)
 
@@ -118,12 +128,13 @@ def _attend_heads(q_BTNA, read, positions, num_slots, *, sm_scale, chunk):
         score_BNTC = jnp.einsum("BNTA,BCNA->BNTC", q_BNTA, k_BCNA, preferred_element_type=jnp.float32)
         return score_BNTC, lambda prob_BNTC: jnp.einsum("BNTC,BCNV->BNTV", prob_BNTC, v_BCNV)
 
-    o_BNTV = _running_softmax(visit, positions, num_slots, sm_scale=sm_scale, chunk=chunk)
-    return o_BNTV.swapaxes(1, 2).astype(q_BTNA.dtype)
+    o_BNTV, sums = _running_softmax(visit, positions, num_slots, sm_scale=sm_scale, chunk=chunk)
+    o_BTNV = o_BNTV.swapaxes(1, 2).astype(q_BTNA.dtype)
+    return (o_BTNV, _log_sum_exp(*sums)) if with_lse else o_BTNV
 
 
 def _running_softmax(visit, positions_BT, num_slots, *, sm_scale, chunk):
-    """Sums softmax-weighted values over chunks; `visit(start)` gives scores and their weighing.
+    """Returns softmax-weighted sums of values, and m and l; `visit(start)` gives scores and their weighing.
 
     With m the largest score so far, l the sum of exp(score - m) and o the weighted sum, a new chunk only
     rescales l and o by exp(m - new m). Source: FlashAttention (arXiv:2205.14135), section 3.1.
@@ -146,11 +157,15 @@ def _running_softmax(visit, positions_BT, num_slots, *, sm_scale, chunk):
     score, value = jax.eval_shape(lambda: _evaluate(visit))
     state = jnp.full(score.shape[:3], _MASKED), jnp.zeros(score.shape[:3]), jnp.zeros(value.shape)
     if chunk == num_slots:
-        _, l_BNT, o_BNTU = fold(0, state)
+        m_BNT, l_BNT, o_BNTU = fold(0, state)
     else:
         num_chunks = jnp.max(positions_BT) // chunk + 1
-        _, l_BNT, o_BNTU = jax.lax.fori_loop(0, num_chunks, fold, state)
-    return o_BNTU / l_BNT[..., None]
+        m_BNT, l_BNT, o_BNTU = jax.lax.fori_loop(0, num_chunks, fold, state)
+    return o_BNTU / l_BNT[..., None], (m_BNT, l_BNT)
+
+
+def _log_sum_exp(m_BNT, l_BNT):
+    return (m_BNT + jnp.log(l_BNT)).swapaxes(1, 2)
 
 
 def _evaluate(visit):
@@ -195,12 +210,20 @@ class MLAttention(nn.Module):
             o_BTNV = attend_heads(q_BTNH, qr_BTNP, rows, positions, **kwargs)
         else:
             o_BTNV = self._attend_latents(q_BTNH, qr_BTNP, rows, up, positions, is_cached=is_cached, **kwargs)
+        if is_tapped(self, "attn_lse"):
+            parts = q_BTNH, qr_BTNP, rows, up, positions
+            tap(self, "attn_lse", self._lse(*parts, is_cached=is_cached, **kwargs), positions)
+        o_BTNV = tap(self, "attn_heads", o_BTNV, positions)
         out_scale = 0.5 / self.config.num_layers  # two residual branches a layer
         o_BTD = Linear(x.shape[-1], out_scale, name="out")(o_BTNV.reshape(*x.shape[:2], -1))
         return o_BTD, rows
 
     def _attend_latents(self, q_BTNH, qr_BTNP, rows, up, positions, *, is_cached, **kwargs):
         expands = self._expands(q_BTNH.shape[1])
+        if expands and not is_cached:
+            parts = q_BTNH, qr_BTNP, rows.latent, rows.rope, *up.decode(), positions
+            for_gpu = self.run.flash and dispatch.for_gpu(self.run.gpu_kernels)
+            return mla_alone.attend(*parts, sm_scale=kwargs["sm_scale"], for_gpu=for_gpu)[0]
         attend = attend_expanded if expands else attend_absorbed
 
         B, T, _, _ = q_BTNH.shape
@@ -227,6 +250,17 @@ class MLAttention(nn.Module):
         cuda = on_gpu if self._for_gpu(rows) else None
         return dispatch.run(*args, cpu=functools.partial(on_cpu, **settings), cuda=cuda, default=default)
 
+    def _lse(self, q_BTNH, qr_BTNP, rows, up, positions, *, is_cached, **kwargs):
+        """Computes the scores once more, in XLA: kernels go as ever, and to record changes no result."""
+        if isinstance(rows, HeadRows):
+            return attend_heads(q_BTNH, qr_BTNP, rows, positions, with_lse=True, **kwargs)[1]
+        if not is_cached:
+            parts = q_BTNH, qr_BTNP, rows.latent, rows.rope, *up.decode(), positions
+            return mla_alone.attend(*parts, sm_scale=kwargs["sm_scale"], for_gpu=False)[1]
+        B, T, _, _ = q_BTNH.shape
+        way = lambda *args: attend_absorbed(*args, with_lse=True, **kwargs)[1]
+        return self._in_head_groups(way, 4 * B * kwargs["chunk"] * T, q_BTNH, qr_BTNP, rows, up, positions)
+
     def _in_head_groups(self, attend, bytes_per_head, q_BTNH, qr_BTNP, rows, up, positions):
         """Attends some heads after the other, so that what is held at a time fits `attention_max_batch`."""
         N, (k_up, v_up) = q_BTNH.shape[2], up.decode()
@@ -248,7 +282,8 @@ class MLAttention(nn.Module):
             q = Linear(mla.num_heads * mla.qk_head_dim, name="q_b")(q_BTQ)
         q_BTNA = q.reshape(*x.shape[:2], mla.num_heads, mla.qk_head_dim)
         q_BTNH, qr_BTNP = jnp.split(q_BTNA, [mla.qk_nope_head_dim], axis=-1)
-        return q_BTNH, rope_lib.rotate(qr_BTNP, positions, self._frequencies())
+        qr_BTNP = rope_lib.rotate(qr_BTNP, positions, self._frequencies())
+        return tap(self, "q", q_BTNH, positions), tap(self, "q_rope", qr_BTNP, positions)
 
     def _latents(self, x):
         """Returns latents [B, T, R] and rotary parts [B, T, P] of keys, both raw, and the norm's weight."""
@@ -260,7 +295,8 @@ class MLAttention(nn.Module):
     def _finish(self, raw, positions):
         latent_BTR, rope_BTP, norm = raw
         rope_BTP = rope_lib.rotate(rope_BTP, positions, self._frequencies())
-        return rms_norm(latent_BTR, norm, self.config.norm_epsilon), rope_BTP
+        latent_BTR = rms_norm(latent_BTR, norm, self.config.norm_epsilon)
+        return tap(self, "latent", latent_BTR, positions), tap(self, "k_rope", rope_BTP, positions)
 
     def _append(self, rows, raw, positions, slots):
         rotations = dict(latent_rotation=self.run.latent_rotation, rope_rotation=self.run.rope_rotation)
@@ -276,7 +312,7 @@ class MLAttention(nn.Module):
                 rows, *raw, *angles, slots, epsilon=self.config.norm_epsilon, **rotations
             )
 
-        cuda = on_gpu if self._for_gpu(rows) else None
+        cuda = on_gpu if self._for_gpu(rows) and not is_tapped(self, "latent", "k_rope") else None
         return dispatch.run(rows, raw, positions, slots, cuda=cuda, default=default)
 
     def _for_gpu(self, rows):

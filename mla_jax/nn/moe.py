@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from mla_jax import quant
 from mla_jax.config import ModelConfig, MoEConfig, RunConfig
 from mla_jax.nn.layers import Stored, SwiGLU, experts_on_cpu, gated_ffn, gated_ffn_on_gpu, read_weight
+from mla_jax.nn.taps import tap
 from mla_jax.quant import dispatch
 
 _MAX_TILE = 128
@@ -65,7 +66,13 @@ def _share_kept(score_XK, reduction):
 
 
 def select_experts(
-    probs, bias, config: MoEConfig, *, group_routing: bool = True, reduction: ExpertReduction | None = None
+    probs,
+    bias,
+    config: MoEConfig,
+    *,
+    group_routing: bool = True,
+    reduction: ExpertReduction | None = None,
+    choose=lambda ids: ids,
 ):
     """Selects K experts per token and their weights.
 
@@ -76,6 +83,7 @@ def select_experts(
         ("noaux_tc").
       group_routing: False ignores expert groups.
       reduction: which of the K to leave out, of the kept groups, a value per token; None for none.
+      choose: from the ids that would be returned to those that are; the weights are of the latter.
 
     Returns:
       ids i32[X, K], best first, ties to the lowest id, E for one that is left out; and weights f32[X, K].
@@ -84,14 +92,17 @@ def select_experts(
     (arXiv:2412.19437) section 2.1.2, a group scores as the sum of its two best biased experts.
     """
     score_XE = probs if bias is None else probs + bias[None]
+    kept_XE = score_XE
     if group_routing and config.num_groups > 1:
-        score_XE = _keep_best_groups(score_XE, config)
-    best_XK, ids_XK = jax.lax.top_k(score_XE, config.num_experts_per_token)
-    weight_XK = jnp.take_along_axis(probs, ids_XK, axis=-1)
+        kept_XE = _keep_best_groups(score_XE, config)
+    best_XK, ids_XK = jax.lax.top_k(kept_XE, config.num_experts_per_token)
     if reduction is not None:
-        share_XK = _share_kept(best_XK, reduction)
-        ids_XK = jnp.where(share_XK > 0, ids_XK, config.num_experts)
-        weight_XK = weight_XK * share_XK
+        ids_XK = jnp.where(_share_kept(best_XK, reduction) > 0, ids_XK, config.num_experts)
+    ids_XK = choose(ids_XK)
+    of_chosen = lambda values_XE: jnp.take_along_axis(values_XE, ids_XK, axis=-1, mode="fill", fill_value=0)
+    weight_XK = of_chosen(probs)
+    if reduction is not None and reduction.temperature is not None:
+        weight_XK = weight_XK * _share_kept(of_chosen(score_XE), reduction)
     if config.normalize_weights:
         weight_XK = weight_XK / (_join_halves(weight_XK, jnp.add, 0.0) + _TINY)
     return ids_XK, weight_XK * config.weights_scale
@@ -198,7 +209,8 @@ def _tiles_in_turn(tiles_YMD, expert_Y, num_needed, experts):
         skip = lambda expert, tile_MD: jnp.zeros(tile_MD.shape, jnp.float32)
         return index + 1, jax.lax.cond(index < num_needed, multiply, skip, *expert_and_tile)
 
-    return jax.lax.scan(one_tile, jnp.int32(0), (expert_Y, tiles_YMD))[1]
+    # The backward pass computes a tile again: it would hold the weights of every tile's expert otherwise.
+    return jax.lax.scan(jax.checkpoint(one_tile), jnp.int32(0), (expert_Y, tiles_YMD))[1]
 
 
 def _tiles_on_gpu(tiles_YMD, expert_Y, num_needed, experts):
@@ -207,27 +219,30 @@ def _tiles_on_gpu(tiles_YMD, expert_Y, num_needed, experts):
 
 
 class Router(nn.Module):
-    """Scores every expert for every token and selects; records ids and weights as `intermediates`."""
+    """Scores every expert for every token and selects."""
 
     config: MoEConfig
-    group_routing: bool
+    run: RunConfig
 
     @nn.compact
-    def __call__(self, x, reduction=None):
+    def __call__(self, x, positions, reduction=None):
         moe = self.config
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
         weight = read_weight(self, "weight", init, (moe.num_experts, x.shape[-1]))
         bias = None
         if moe.has_selection_bias:
             bias = read_weight(self, "bias", nn.initializers.zeros, (moe.num_experts,)).astype(jnp.float32)
-        logits_XE = quant.matmul(x, weight)
+        logits_XE = tap(self, "router", quant.matmul(x, weight), positions)
         gate = softmax if moe.gating == "softmax" else jax.nn.sigmoid
         ids_XK, weight_XK = select_experts(
-            gate(logits_XE), bias, moe, group_routing=self.group_routing, reduction=reduction
+            gate(logits_XE),
+            bias,
+            moe,
+            group_routing=self.run.group_routing,
+            reduction=reduction,
+            choose=lambda ids_XK: tap(self, "expert_ids", ids_XK, positions),
         )
-        self.sow("intermediates", "expert_ids", ids_XK)
-        self.sow("intermediates", "expert_weights", weight_XK)
-        return ids_XK, weight_XK
+        return ids_XK, tap(self, "expert_weights", weight_XK, positions)
 
 
 class Experts(nn.Module):
@@ -256,12 +271,12 @@ class MoE(nn.Module):
     run: RunConfig
 
     @nn.compact
-    def __call__(self, x, reduction=None):
+    def __call__(self, x, positions, reduction=None):
         moe = self.config.moe
         out_scale = 0.5 / self.config.num_layers
         x_XD = x.reshape(-1, x.shape[-1])
         reduction = None if reduction is None else reduction.of_tokens(x.shape[1])
-        ids_XK, weight_XK = Router(moe, self.run.group_routing, name="router")(x_XD, reduction)
+        ids_XK, weight_XK = Router(moe, self.run, name="router")(x_XD, positions, reduction)
         out_XD = Experts(moe, out_scale, name="experts")(x_XD, ids_XK, weight_XK)
         if moe.num_shared_experts:
             width = moe.expert_hidden_dim * moe.num_shared_experts

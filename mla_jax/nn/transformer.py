@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from mla_jax import quant
 from mla_jax.cache import Cache
 from mla_jax.config import ModelConfig, RunConfig
+from mla_jax.nn import taps as taps_lib
 from mla_jax.nn.layers import Linear, RMSNorm, SwiGLU, read_weight
 from mla_jax.nn.mla import MLAttention
 from mla_jax.nn.moe import ExpertReduction, MoE
+from mla_jax.nn.taps import tap
 from mla_jax.quant import dispatch
 
 
@@ -26,13 +28,13 @@ class Layer(nn.Module):
         attention, rows = MLAttention(config, self.run, name="attn")(
             RMSNorm(config.norm_epsilon, name="attn_norm")(x), rows, positions, slots
         )
-        x = x + attention
+        x = x + tap(self, "attn_out", attention, positions)
         normed = RMSNorm(config.norm_epsilon, name="ffn_norm")(x)
         if self.is_dense:
             ffn = SwiGLU(config.dense_hidden_dim, 0.5 / config.num_layers, name="ffn")(normed)
         else:
-            ffn = MoE(config, self.run, name="ffn")(normed, reduction)
-        return x + ffn, rows
+            ffn = MoE(config, self.run, name="ffn")(normed, positions, reduction)
+        return x + tap(self, "ffn_out", ffn, positions), rows
 
 
 class Embedding(nn.Module):
@@ -56,7 +58,8 @@ class Transformer(nn.Module):
     def setup(self):
         config = self.config
         self.embed = Embedding(config.vocab_size, config.embed_dim)
-        self.layers = [Layer(config, self.run, config.is_dense(i)) for i in range(config.num_layers)]
+        layer = nn.remat(Layer) if self.run.remat else Layer
+        self.layers = [layer(config, self.run, config.is_dense(i)) for i in range(config.num_layers)]
         self.output_norm = RMSNorm(config.norm_epsilon)
         self.output = Linear(config.vocab_size)
 
@@ -78,6 +81,10 @@ class Transformer(nn.Module):
           pages: i32[B, M] pages of each sequence in a paged cache; None for a contiguous one.
           reduction: which experts to leave out, of each sequence; None for none.
         """
+        return self._hidden(tokens, cache, num_tokens, pages, reduction)[:2]
+
+    def _hidden(self, tokens, cache, num_tokens, pages, reduction):
+        taps_lib.check(self.config, self.run.taps)
         B, T = tokens.shape
         if pages is not None and (pages.ndim != 2 or pages.shape[0] != B):
             raise ValueError(f"pages must be [{B}, M], a row for each sequence, got {pages.shape}.")
@@ -91,11 +98,12 @@ class Transformer(nn.Module):
             rows = None if cache is None else cache.layers[i].at(pages)
             slots = None if rows is None else jnp.where(is_padding, rows.num_slots, positions)
             of_layer = None if reduction is None else reduction.of_layer(i)
+            x = tap(self, f"resid.{i}", x, positions)
             x, rows = layer(x, rows, positions, slots, of_layer)
             layers.append(rows)
         if cache is not None:
             cache = Cache(layers=tuple(rows.at(None) for rows in layers), length=length + num_tokens)
-        return x, cache
+        return tap(self, f"resid.{self.config.num_layers}", x, positions), cache, positions
 
     def unembed(self, x):
         """Returns logits f32[..., W] of hidden states [..., D]."""
@@ -103,8 +111,8 @@ class Transformer(nn.Module):
 
     def __call__(self, tokens, cache: Cache | None = None, num_tokens=None, pages=None, reduction=None):
         """Returns logits f32[B, T, W] and the cache, see `hidden`."""
-        x, cache = self.hidden(tokens, cache, num_tokens, pages, reduction)
-        return self.unembed(x), cache
+        x, cache, positions = self._hidden(tokens, cache, num_tokens, pages, reduction)
+        return tap(self, "logits", self.unembed(x), positions), cache
 
 
 def apply(
@@ -118,7 +126,8 @@ def apply(
 ):
     """Runs the model: the function that everything else calls. Use it under jit and vmap.
 
-    Under grad use it with float32 weights and without a cache: the loop over a cache has no reverse mode.
+    Under grad use it without a cache: the loop over a cache has no reverse mode. Weights in arrays and what
+    adapters add have a gradient, weights in blocks are held fixed.
 
     Args:
       params: nested dict of arrays and `QuantizedTensor`s, as from `checkpoints_tools.load_gguf`,

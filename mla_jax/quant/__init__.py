@@ -3,12 +3,13 @@
 from mla_jax.quant.encode import ENCODABLE, encode
 from mla_jax.quant.formats import FORMATS, Format
 from mla_jax.quant.matmul import matmul
-from mla_jax.quant.tensor import PlanarTensor, QuantizedTensor, decode, take_rows, to_planes
+from mla_jax.quant.tensor import LoraTensor, PlanarTensor, QuantizedTensor, decode, take_rows, to_planes
 
 __all__ = [
     "ENCODABLE",
     "FORMATS",
     "Format",
+    "LoraTensor",
     "PlanarTensor",
     "QuantizedTensor",
     "decode",

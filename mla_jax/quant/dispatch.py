@@ -80,6 +80,6 @@ def _set_codebooks():
 def _format(weight):
     if isinstance(weight, tensor.QuantizedTensor):
         return weight.format
-    if isinstance(weight, tensor.PlanarTensor):
+    if isinstance(weight, tensor.PlanarTensor | tensor.LoraTensor):
         return None  # the CPU has kernels for blocks
     return {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(weight.dtype.name)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import cpu_kernels
-from mla_jax.quant import dispatch, tensor
+from mla_jax.quant import dispatch, linear_map, tensor
 from pallas_kernels import grouped_matmul
 
 _FEW_ROWS = 2  # a decode step; 2 is included because one row is often padded to two
@@ -29,8 +29,8 @@ def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
 
     Args:
       x: [..., in], any float type.
-      weight: [out, in], float32, float16 or bfloat16 array, `QuantizedTensor` or `PlanarTensor`. Float32
-        weights are differentiable, as `x` always is.
+      weight: [out, in], array, `QuantizedTensor`, `PlanarTensor` or `LoraTensor`. The result has derivatives
+        in `x`, in arrays and in what a `LoraTensor` adds; blocks are held fixed, see `linear_map`.
 
     Returns:
       float32[..., out], sums in float32; products as `dispatch` says.
@@ -41,6 +41,24 @@ def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x [..., in] must fit weight [out, in], got {x.shape} and {weight.shape}.")
     x = x.astype(jnp.float32)
+    if isinstance(weight, tensor.LoraTensor):
+        update = linear_map.multiply(linear_map.multiply(x, weight.a), weight.b)
+        return matmul(x, weight.base) + update
+    is_frozen = isinstance(weight, tensor.QuantizedTensor | tensor.PlanarTensor)
+    return _by_frozen(x, weight) if is_frozen else _dispatch(x, weight)
+
+
+@jax.custom_jvp
+def _by_frozen(x, weight):
+    return _dispatch(x, weight)
+
+
+@_by_frozen.defjvp
+def _(primals, tangents):
+    return _by_frozen(*primals), linear_map.apply(tangents[0], primals[1])
+
+
+def _dispatch(x, weight):
     cuda = _matmul_on_gpu if isinstance(weight, tensor.PlanarTensor) else None
     return dispatch.run(x, weight, weights=[weight], cpu=_matmul_on_cpu, cuda=cuda, default=_matmul)
 
@@ -60,8 +78,7 @@ def _matmul(x, weight):
     fuses = isinstance(weight, tensor.QuantizedTensor) or weight.dtype == jnp.bfloat16
     if fuses and math.prod(x.shape[:-1]) <= _FEW_ROWS:
         return _multiply_and_reduce(x, weight)
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, tensor.decode(weight), contract_last, preferred_element_type=jnp.float32)
+    return linear_map.multiply(x, tensor.decode(weight))
 
 
 def _multiply_and_reduce(x: jax.Array, weight: tensor.Weight) -> jax.Array:

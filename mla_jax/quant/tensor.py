@@ -84,7 +84,44 @@ class PlanarTensor:
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
-Weight = jax.Array | QuantizedTensor | PlanarTensor
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraTensor:
+    """The weight `base + b @ a`: a weight with the low-rank update of an adapter beside it.
+
+    Attributes:
+      base: [..., out, in], in any form.
+      a: f32[..., r, in].
+      b: f32[..., out, r], scaled already.
+
+    Source: LoRA (arXiv:2106.09685), section 4.1.
+    """
+
+    base: "Weight"
+    a: jax.Array
+    b: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return self.base.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type that the weight decodes to."""
+        return jnp.dtype(jnp.float32)
+
+    def __getitem__(self, index) -> "LoraTensor":
+        """Selects along leading axes, for example an expert."""
+        return LoraTensor(base=self.base[index], a=self.a[index], b=self.b[index])
+
+
+Weight = jax.Array | QuantizedTensor | PlanarTensor | LoraTensor
 
 _repack = jax.jit(weight_tiles.repack, static_argnames="format")  # fused: 4 bytes a code are never held
 
@@ -94,6 +131,8 @@ def to_planes(weight: Weight) -> Weight:
 
     Those are weights in some formats, and experts of 16 bits: dense ones are served by XLA's product.
     """
+    if isinstance(weight, LoraTensor):
+        return dataclasses.replace(weight, base=to_planes(weight.base))
     if not isinstance(weight, QuantizedTensor):
         name = {jnp.dtype(jnp.float16): "f16", jnp.dtype(jnp.bfloat16): "bf16"}.get(weight.dtype)
         return PlanarTensor(planes=(weight,), format=name) if name and weight.ndim == 3 else weight
@@ -115,12 +154,15 @@ def decode(weight: Weight, dtype=jnp.float32) -> jax.Array:
     """Returns the whole weight as a plain array.
 
     Args:
-      weight: array or `QuantizedTensor` of shape [...].
+      weight: of shape [...], in any form.
       dtype: type of the result; blocks are decoded in float32 first.
 
     Returns:
       dtype[...], the weight.
     """
+    if isinstance(weight, LoraTensor):
+        update = jnp.matmul(weight.b, weight.a, precision="highest")
+        return (decode(weight.base) + update).astype(dtype)
     if isinstance(weight, PlanarTensor):
         return weight_tiles.decode(weight.planes, weight.format).astype(dtype)
     if not isinstance(weight, QuantizedTensor):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mla_jax import quant
-from mla_jax.config import MoEConfig
-from mla_jax.nn import moe
+from mla_jax.config import MoEConfig, RunConfig
+from mla_jax.nn import moe, taps
 
 D, F = 32, 32
 
@@ -87,12 +87,12 @@ def test_without_group_routing_groups_are_ignored():
 
 
 def test_router_records_its_choice():
-    """Training balances the load with the ids that the router leaves in `intermediates`."""
-    x, router = jnp.asarray(_draw_tokens(9, 3)[0]), moe.Router(V3, group_routing=True)
+    run, positions = taps.tapped(RunConfig(), ("expert_ids",)), jnp.arange(9, dtype=jnp.int32)[None]
+    x, router = jnp.asarray(_draw_tokens(9, 3)[0]), moe.Router(V3, run)
     weight, bias = _draw_experts(V3.num_experts)["gate"][:, 0], np.linspace(-1, 1, V3.num_experts)
     params = {"weight": jnp.asarray(weight), "bias": jnp.asarray(bias, jnp.float32)}
-    (ids, _), recorded = router.apply({"params": params}, x, mutable=["intermediates"])
-    np.testing.assert_array_equal(recorded["intermediates"]["expert_ids"][0], ids)
+    (ids, _), recorded = router.apply({"params": params}, x, positions, mutable=taps.COLLECTION)
+    np.testing.assert_array_equal(recorded[taps.COLLECTION]["expert_ids"][0], ids)
     expected, _ = select_by_definition(1 / (1 + np.exp(-np.asarray(x) @ weight.T)), bias, V3)
     np.testing.assert_array_equal(ids, expected)
 

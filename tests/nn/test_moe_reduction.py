@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mla_jax import taps
 from mla_jax.config import MLAConfig, ModelConfig, MoEConfig, RunConfig
 from mla_jax.nn import moe
 from mla_jax.nn.moe import ExpertReduction
-from mla_jax.nn.transformer import Transformer, init_params
+from mla_jax.nn.transformer import init_params
 
 E = 12
 SOFTMAX = MoEConfig(
@@ -104,9 +105,10 @@ SETTINGS = [(1, 1.0), (3, 0.9), (6, 1.0), (2, 0.0)]
 
 @jax.jit
 def _forward(params, tokens, reduction):
-    return Transformer(MODEL, RunConfig()).apply(
-        {"params": params}, tokens, None, reduction=reduction, mutable="intermediates"
-    )
+    record = ("expert_ids.*", "expert_weights.*")
+    settings = dict(config=MODEL, run=RunConfig(), record=record, reduction=reduction)
+    logits, _, seen = taps.run(params, tokens, **settings)
+    return logits, seen
 
 
 @pytest.fixture
@@ -118,12 +120,9 @@ def params():
 
 
 def _logits_and_ids(params, tokens, reduction):
-    (logits, _), recorded = _forward(params, tokens, reduction)
-    routers = [recorded["intermediates"][f"layers_{i}"]["ffn"]["router"] for i in (1, 2)]
-    ids = np.stack([router["expert_ids"][0] for router in routers])
-    weights = np.stack([router["expert_weights"][0] for router in routers])
-    shape = (2, *tokens.shape, -1)
-    return np.asarray(logits), ids.reshape(shape), weights.reshape(shape)
+    logits, seen = _forward(params, tokens, reduction)
+    of = lambda kind: np.stack([seen[f"{kind}.{i}"] for i in (1, 2)])
+    return np.asarray(logits), of("expert_ids"), of("expert_weights")
 
 
 def test_a_batch_mixes_settings_and_each_row_gets_what_it_gets_alone(params):

@@ -25,8 +25,8 @@ _CELLS = 256  # with flash attention the context is a whole number of these
 _LOG_TAIL = 40_000  # a long trace of the stack may follow the reason
 
 
-def logits(path, tokens, *, mla=3, step=False, cache_type="f16") -> np.ndarray:
-    """Returns f32[T, W], the logits after each token, with flash attention.
+def logits(path, tokens, *, mla=3, step=False, cache_type="f16", lora=None) -> np.ndarray:
+    """Returns f32[T, W], the logits after each token, with flash attention unless there is an adapter.
 
     Args:
       path: GGUF file.
@@ -34,11 +34,12 @@ def logits(path, tokens, *, mla=3, step=False, cache_type="f16") -> np.ndarray:
       mla: 0 to 3.
       step: feed one token at a time, as when generating, and not all at once.
       cache_type: as ik_llama.cpp spells it.
+      lora: GGUF file of an adapter, which ik_llama.cpp takes without flash attention alone.
 
     Raises:
       RuntimeError: if ik_llama.cpp refuses the file or the settings; its log is the message.
     """
-    settings = dict(mla=mla, ctx_size=len(tokens), cache_type=cache_type)
+    settings = dict(mla=mla, ctx_size=len(tokens), cache_type=cache_type, flash=lora is None, lora=lora)
     with tempfile.TemporaryDirectory() as folder, Process(path, **settings) as process:
         out = pathlib.Path(folder) / "logits.npy"
         process.ask("logits", tokens=[int(t) for t in tokens], step=step, out=str(out))
@@ -56,13 +57,23 @@ class Process:
       ctx_size: tokens that the cache holds at least.
       threads: of the CPU.
       script: what to run; another one may answer the same requests with another engine.
+      lora: GGUF file of an adapter, None for none.
 
     Attributes:
       log: what the process wrote, once it is closed.
     """
 
     def __init__(
-        self, path, *, mla=3, flash=True, cache_type="f16", ctx_size=512, threads=1, script=__file__
+        self,
+        path,
+        *,
+        mla=3,
+        flash=True,
+        cache_type="f16",
+        ctx_size=512,
+        threads=1,
+        script=__file__,
+        lora=None,
     ):
         self.log = ""
         self._stderr = tempfile.TemporaryFile()
@@ -75,6 +86,8 @@ class Process:
         )
         settings = dict(mla=mla, flash=flash, cache_type=cache_type, ctx_size=ctx_size, threads=threads)
         self.ask("open", path=str(path), **settings)
+        if lora is not None:
+            self.ask("adapt", path=str(lora))
 
     def ask(self, request: str, **arguments):
         """Sends a request and returns the answer.
@@ -133,10 +146,20 @@ class _Engine:
         params.n_batch, params.n_ubatch = params.n_ctx, 512
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn, params.mla_attn = flash, mla
+        params.fused_up_gate = params.fused_moe_up_gate = flash  # which pass adapters by
         params.type_k = params.type_v = _CACHE_TYPES[cache_type]
         self.context = self.api.llama_init_from_model(self.model, params)
         if not self.context:
             sys.exit("cannot make a context of these settings")
+
+    def adapt(self, path):
+        library = self.api._lib  # these are not among the functions that the package binds
+        make, use = library.llama_lora_adapter_init, library.llama_lora_adapter_set
+        make.argtypes, make.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p
+        use.argtypes, use.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float], ctypes.c_int32
+        adapter = make(self.model, path.encode())
+        if not adapter or use(self.context, adapter, 1.0):
+            sys.exit(f"cannot use the adapter {path}")
 
     def logits(self, tokens, step, out):
         self.api.llama_kv_cache_clear(self.context)

@@ -45,6 +45,8 @@ def routes(service: Service) -> list[Route | Mount]:
         get("/health", status_routes.health),
         get("/ready", status_routes.ready),
         get("/props", status_routes.props),
+        get("/lora-adapters", status_routes.lora_adapters),
+        post("/lora-adapters", status_routes.change_lora_adapters),
         get("/models", status_routes.models),
         get("/v1/models", status_routes.models),
         post("/v1/chat/completions", openai_chat.chat_completions),

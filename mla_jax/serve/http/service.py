@@ -27,6 +27,7 @@ class Settings:
     Attributes:
       alias: name of the model in answers.
       file_name: of the model, without its folder.
+      adapters: names and scales of the adapters that its weights have.
       sampling: what requests do not say.
       max_tokens: tokens of an answer that does not say, None for as many as the context holds.
       api_keys: any of them opens every route; none at all leaves all open.
@@ -49,6 +50,7 @@ class Settings:
 
     alias: str
     file_name: str
+    adapters: tuple[tuple[str, float], ...] = ()
     sampling: sampler.SamplingParams = dataclasses.field(default_factory=sampler.SamplingParams)
     max_tokens: int | None = None
     api_keys: tuple[str, ...] = ()

@@ -69,6 +69,18 @@ async def props(request: Request) -> Response:
     )
 
 
+async def lora_adapters(request: Request) -> Response:
+    """Answers a `GET /lora-adapters`: the adapters that the weights have."""
+    adapters = service_of(request).settings.adapters
+    found = [{"id": index, "path": name, "scale": scale} for index, (name, scale) in enumerate(adapters)]
+    return JSONResponse(found)
+
+
+async def change_lora_adapters(request: Request) -> Response:
+    """Answers a `POST /lora-adapters`, which would change their scales."""
+    raise ApiError("the scales of adapters must be given at the start, by --lora-scaled.", status=501)
+
+
 async def metrics(request: Request) -> Response:
     """Answers a `GET /metrics` in the text format of Prometheus."""
     body = service_of(request).metrics.render()
