@@ -192,15 +192,13 @@ def _base_values(values):
     except ValueError as error:
         raise UsageError(f"--against must be flags of a base: {error}") from None
     for name in base:
-        if name in _OF_A_BASE and not base[name].present:
+        if not base[name].present:
             base[name].value = values[name].value
-        elif name not in _OF_A_BASE and base[name].present:
+        elif name not in _OF_A_BASE:
             flag = name.replace("_", "-")
             raise UsageError(
                 f"--against must be flags of the model, its attention, cache and experts, got --{flag}."
             )
-        elif name not in _OF_A_BASE:
-            base[name].value = values[name].value
     RunConfig(**loading.run_settings(base))  # it is checked before a model is loaded
     loading.expert_reduction(base)
     return base
@@ -235,7 +233,8 @@ def _tell_perplexity(found, values, model):
         return
     about = _about(values, model) | record
     if is_divergence:
-        about |= dict(base=values.against or pathlib.Path(values.kl_divergence_base).name)
+        name = pathlib.Path(values.kl_divergence_base or values.model).name
+        about |= dict(base=name if values.against is None else f"{name} {values.against}".strip())
     plot = measure_plots.of_divergence if is_divergence else measure_plots.of_perplexity
     _keep(values.out, "perplexity", about, rows, plot(found))
 

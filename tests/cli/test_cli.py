@@ -16,10 +16,11 @@ from checkpoints_tools.ggml_types import IDS
 from checkpoints_tools.gguf_file import open_gguf
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from mla_jax import cache, generate, steps
-from mla_jax.cli import app, commands
+from mla_jax.cli import app
 
 COMMANDS = ("generate", "chat", "serve", "llama-server", "inspect", "plan", "check", "quantize", "convert")
-COMMANDS += ("split", "merge", "diff", "ser-sweep", "autotune", "train")
+COMMANDS += ("split", "export-lora", "merge", "diff", "perplexity", "sweep-bench", "bench", "ser-sweep")
+COMMANDS += ("autotune", "finetune", "train")
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +145,8 @@ def test_layers_for_a_gpu_that_is_not_there(run, path, expected, monkeypatch):
 
 def test_threads_are_cores(run, path, monkeypatch):
     chosen = []
-    monkeypatch.setattr(commands.os, "sched_getaffinity", lambda process: {5, 3}, raising=False)
-    monkeypatch.setattr(
-        commands.os, "sched_setaffinity", lambda process, cores: chosen.append(cores), raising=False
-    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5, 3}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: chosen.append(cores), raising=False)
     assert run("generate", "-m", path, "-p", "the", "-n", "1", "-t", "1")[0] == 0
     assert chosen == [[3]]
     code, out, err = run("generate", "-m", path, "-p", "the", "-t", "3")
