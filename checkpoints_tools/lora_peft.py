@@ -166,19 +166,22 @@ class _Settings:
         patterns = values.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):
             raise GGUFError(f"{path}: key 'alpha_pattern' must be an object, got {patterns!r:.80}.")
-        self._alphas = {}
-        for pattern, alpha in patterns.items():
+        self._alphas: dict[str, tuple[int, float]] = {}  # with their order: the first that fits counts
+        for index, (pattern, alpha) in enumerate(patterns.items()):
             match = _PATTERN.fullmatch(pattern)
             if match is None:
                 raise GGUFError(
                     f"{path}: key 'alpha_pattern' must have names of modules, got {pattern!r:.80}."
                 )
-            self._alphas[match[1].replace("\\", "")] = _alpha(path, "alpha_pattern", alpha)
+            found = index, _alpha(path, "alpha_pattern", alpha)
+            self._alphas.setdefault(match[1].replace("\\", ""), found)
 
     def factor(self, module: str, rank: int) -> float:
         """Returns what the update of a module is multiplied by besides `self.alpha / rank`."""
-        found = (alpha for name, alpha in self._alphas.items() if f".{module}".endswith(f".{name}"))
-        factor = next(found, self.alpha) / self.alpha
+        words = module.split(".")
+        ends = (".".join(words[start:]) for start in range(len(words)))
+        found = [self._alphas[end] for end in ends if end in self._alphas]
+        factor = min(found)[1] / self.alpha if found else 1.0
         return factor * math.sqrt(rank) if self._by_root else factor
 
 

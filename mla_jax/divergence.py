@@ -87,21 +87,24 @@ class Divergence:
     @property
     def ratio(self) -> Estimate:
         """The perplexity over the base's."""
-        value, error = self.log_ratio
-        return Estimate(math.exp(value), math.exp(value) * error)
+        return perplexity.exponential(self.log_ratio)
 
     @property
     def difference(self) -> Estimate:
         """The perplexity less the base's."""
         ours, bases = self.perplexity.estimate, self.base_perplexity.estimate
         nats, base_nats = self.nats.astype(np.float64), self.base_nats.astype(np.float64)
-        return Estimate(ours.value - bases.value, mean(ours.value * nats - bases.value * base_nats).error)
+        with np.errstate(over="ignore", invalid="ignore"):  # of infinite ones
+            error = mean(ours.value * nats - bases.value * base_nats).error
+        return Estimate(ours.value - bases.value, error)
 
     @property
-    def correlation(self) -> float:
-        """Of `nats` and `base_nats`, 1 for equal ones."""
+    def correlation(self) -> float | None:
+        """Of `nats` and `base_nats`, 1 for equal ones; None where either are all the same number."""
         if np.array_equal(self.nats, self.base_nats):
             return 1.0
+        if not np.ptp(self.nats) or not np.ptp(self.base_nats):
+            return None
         return float(np.corrcoef(self.nats.ravel(), self.base_nats.ravel())[0, 1])
 
 
@@ -125,11 +128,12 @@ def measure(
       report: called after each window with what was measured so far.
 
     Raises:
-      ValueError: for vocabularies of two sizes, an id out of range, or logits that are not finite.
+      ValueError: for vocabularies of two sizes, what `perplexity.hidden_states` refuses, or logits that are
+        not finite.
     """
     _check_vocabularies("the base", base.config.vocab_size, network)
     how = dict(batch=batch, ubatch=ubatch)
-    states = (perplexity.hidden_states(part, windows, **how) for part in (base, network))
+    states = [perplexity.hidden_states(part, windows, **how) for part in (base, network)]
     settings = dict(config=network.config, run=network.run, base_config=base.config, base_run=base.run)
 
     def compare():
@@ -212,8 +216,8 @@ def save_base(
       ValueError: as `measure`.
       OSError: if the file cannot be written.
     """
-    found, size, vocab_size = [], windows.shape[1], network.config.vocab_size
     states = perplexity.hidden_states(network, windows, batch=batch, ubatch=ubatch)
+    found, size, vocab_size = [], windows.shape[1], network.config.vocab_size
     settings = dict(config=network.config, run=network.run)
     with saved_logits.writing(path, windows, vocab_size) as write:
         for (x, place), ids in zip(states, perplexity.following(windows), strict=True):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mla_jax import cache as cache_lib
 from mla_jax import lora as lora_lib
 from mla_jax import train as train_lib
 from mla_jax.config import ModelConfig, RunConfig
@@ -145,13 +146,14 @@ def fit(
       params: nested dict of weights in any form, which are not changed.
       stream: what is learned.
       config: the model.
-      plan: a resumed run must be given the same one.
+      plan: a resumed run must be given the same one, as it must the same model and stream.
       folder: where checkpoints go; they hold adapters and optimiser, not the model.
       run: how the model is run; None for a layer at a time.
       report: called with one line of progress at a time.
 
     Raises:
-      ValueError: if the stream is no longer than a window or nothing in it counts, or a target has no weight.
+      ValueError: if the stream is no longer than a window or nothing in it counts, a target has no weight, or
+        the folder is of another run.
     """
     if len(stream.tokens) <= plan.window:
         raise ValueError(
@@ -165,7 +167,10 @@ def fit(
     settings = dict(config=config, run=run, plan=plan)
     take = lambda state, batch: step(state, params, *batch, **settings)
     draw = functools.partial(draw_batch, stream, plan)
-    return train_lib.run_steps(first_state(lora, plan), take, draw, plan, folder, report).params
+    text = train_lib.digest(stream.tokens, stream.counts)
+    about = dict(plan=dataclasses.asdict(plan), model=cache_lib.fingerprint(config, params), text=text)
+    start = first_state(lora, plan)
+    return train_lib.run_steps(start, take, draw, plan, folder, about=about, report=report).params
 
 
 def held_out_loss(
@@ -190,7 +195,7 @@ def held_out_loss(
       run: how the model is run.
 
     Raises:
-      ValueError: if the stream is no longer than a window.
+      ValueError: if the stream is no longer than a window or nothing in its windows counts.
     """
     count = (len(stream.tokens) - 1) // window
     if count < 1:
@@ -200,13 +205,15 @@ def held_out_loss(
     cut = lambda values: np.stack([values[i * window : (i + 1) * window + 1] for i in range(count)])
     tokens, counts = cut(stream.tokens).astype(np.int32), cut(stream.counts)
     attached = params if lora is None else lora_lib.attach(params, lora)
-    total, share = 0.0, counts[:, 1:].sum()
+    total, share = 0.0, int(counts[:, 1:].sum())
+    if not share:
+        raise ValueError("the held-out text must have tokens that are to be learned, got none.")
     for start in range(0, count, batch):
         rows = [min(i, count - 1) for i in range(start, start + batch)]
         losses = np.asarray(_token_losses(attached, tokens[rows], config=config, run=run or RunConfig()))
         num_new = min(batch, count - start)
         total += float((losses * counts[rows, 1:])[:num_new].sum())
-    return total / max(int(share), 1)
+    return total / share
 
 
 _token_losses = jax.jit(train_lib.token_losses, static_argnames=("config", "run"))

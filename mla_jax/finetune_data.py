@@ -34,7 +34,7 @@ def read_stream(path: str | os.PathLike, tokenizer: Tokenizer, template: str | N
       OSError: if the file cannot be read.
     """
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        text = pathlib.Path(path).read_bytes().decode()  # line ends as they are
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be text in UTF-8, but byte {error.start} is none.") from None
     is_lines = os.fspath(path).endswith(".jsonl")
@@ -63,7 +63,7 @@ def _encode(text, tokenizer):
 
 
 def _examples(path, text, tokenizer, template) -> Iterator[Example]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

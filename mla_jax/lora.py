@@ -7,6 +7,7 @@ argument that is differentiated:
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,10 +18,12 @@ import jax.numpy as jnp
 from checkpoints_tools import names
 from mla_jax import quant
 
-ATTENTION = (r"attn_(q|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b|output)\.weight",)
-LINEAR = (*ATTENTION, r"ffn_(gate|up|down|gate_up)(_exps|_shexp)?\.weight")
+# Without the up-projections of latents, which kernels apply in two ways: adapters of these slow decoding down.
+ATTENTION = (r"attn_(q|q_a|q_b|kv_a_mqa|output)\.weight",)
+LINEAR = (*ATTENTION, r"attn_(kv_b|k_b|v_b)\.weight", r"ffn_(gate|up|down|gate_up)(_exps|_shexp)?\.weight")
 
 _EMBEDDING = "token_embd.weight"
+_PLAIN = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
 @jax.tree_util.register_dataclass
@@ -70,17 +73,26 @@ def init(
         `r"blk\\.[0-3]\\.attn_q\\.weight"` means those of four layers.
 
     Raises:
-      ValueError: for a rank below 1, or a target that is no matrix or not there.
+      ValueError: for a rank below 1 or above a side of a weight, a scale that is not positive, or a target
+        that is no regular expression, no matrix or not there.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be positive and finite, got {alpha}.")
     weights, adapters = names.flatten(params), {}
     for target in targets:
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise ValueError(f"targets must be regular expressions, got {target!r}: {error}.") from None
         if not any(re.search(target, name) for name in weights):
             raise ValueError(f"targets must each be found in the name of a weight, got {target!r}.")
     chosen = [name for name in weights if any(re.search(target, name) for target in targets)]
     for name, own_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
         *lead, out, size = _matrix_shape(name, weights[name])
+        if rank > min(out, size):
+            raise ValueError(f"rank must be at most {min(out, size)}, a side of {name}, got {rank}.")
         bound = size**-0.5
         a = jax.random.uniform(own_key, (*lead, rank, size), jnp.float32, -bound, bound)
         adapters[name] = Adapter(a=a, b=jnp.zeros((*lead, out, rank)))
@@ -117,16 +129,14 @@ def merge(
     """
 
     def merged(weight, adapter):
-        own = getattr(weight, "format", None) or _PLAIN[weight.dtype.name]
-        name = format or own
+        base = weight.base if isinstance(weight, quant.LoraTensor) else weight
+        is_array = isinstance(base, jax.Array)
+        name = format or (_PLAIN[base.dtype.name] if is_array else base.format)
         if name not in quant.ENCODABLE:
             raise ValueError(f"format must be one of {', '.join(quant.ENCODABLE)}, got {name!r}.")
         return jax.tree.map(jnp.asarray, quant.encode(quant.decode(_beside(weight, adapter)), name))
 
     return _replace(params, lora, strength, merged)
-
-
-_PLAIN = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
 def _beside(weight, adapter):

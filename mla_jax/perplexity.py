@@ -21,6 +21,7 @@ from mla_jax import expert_reduction as reduction_lib
 from mla_jax.cache import init_cache
 from mla_jax.config import ModelConfig, RunConfig
 from mla_jax.generate import DEFAULT_UBATCH, Model
+from mla_jax.nn import taps
 from mla_jax.nn.transformer import Transformer
 
 _BATCH_TOKENS = 2048  # of the windows that run together
@@ -84,25 +85,30 @@ class Perplexity:
     @property
     def estimate(self) -> Estimate:
         """The perplexity: exp of the mean of `nats`, with the error that theirs makes."""
-        nats = mean(self.nats)
-        return Estimate(math.exp(nats.value), math.exp(nats.value) * nats.error)
+        return exponential(mean(self.nats))
 
     @property
     def running(self) -> np.ndarray:
         """f64[windows], the perplexity of all windows so far."""
         sums = np.cumsum(self.nats.sum(axis=1, dtype=np.float64))
-        return np.exp(sums / (self.nats.shape[1] * np.arange(1, len(sums) + 1)))
+        return _exp(sums / (self.nats.shape[1] * np.arange(1, len(sums) + 1)))
 
     @property
     def by_window(self) -> np.ndarray:
         """f64[windows], the perplexity of each window alone."""
-        return np.exp(self.nats.mean(axis=1, dtype=np.float64))
+        return _exp(self.nats.mean(axis=1, dtype=np.float64))
 
 
 def mean(values) -> Estimate:
     """Returns the mean of some numbers and its standard error, as llama.cpp has it: 0 for a single number."""
     values = np.asarray(values, np.float64)
     return Estimate(float(values.mean()), float(values.std() / math.sqrt(max(values.size - 1, 1))))
+
+
+def exponential(nats: Estimate) -> Estimate:
+    """Returns e to the power of a mean, with the error that its own makes; infinite above 709 nats."""
+    value = float(_exp(nats.value))
+    return Estimate(value, value * nats.error if nats.error else 0.0)
 
 
 def cut(tokens: Sequence[int], size: int, *, bos_id: int | None = None, limit: int | None = None):
@@ -167,7 +173,7 @@ def measure(
       report: called after each window with what was measured so far.
 
     Raises:
-      ValueError: for an id out of range, or logits that are not finite.
+      ValueError: as `hidden_states`, or for logits that are not finite.
     """
     found = []
     settings = dict(config=network.config, run=network.run)
@@ -201,25 +207,38 @@ def hidden_states(
       batch: as for `measure`.
       ubatch: as for `measure`.
 
-    Yields:
-      of each window (x f32[B, T - 1 - T // 2, D], place): x[place] are the hidden states that predict the
-      tokens `following`.
+    Returns:
+      An iterator that yields of each window (x f32[B, T - 1 - T // 2, D], place): x[place] are the hidden
+      states that predict the tokens `following`.
 
     Raises:
-      ValueError: for an id out of range, or taps that would have no effect.
+      ValueError: for no windows or too short ones, a number or an id out of range, or taps that would have
+        no effect.
     """
+    _check(network, windows, batch, ubatch)
     num_windows, size = windows.shape
+    batch = min(num_windows, max(1, _BATCH_TOKENS // size) if batch is None else operator.index(batch))
+    return _states(network, windows, batch, ubatch)
+
+
+def _check(network, windows, batch, ubatch):
+    if windows.ndim != 2 or len(windows) < 1 or windows.shape[1] < _SHORTEST:
+        raise ValueError(
+            f"windows must be at least 1 of at least {_SHORTEST} tokens each, got shape {windows.shape}."
+        )
+    for name, count in (("batch", batch), ("ubatch", ubatch)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
     vocab_size = network.config.vocab_size
     if windows.min() < 0 or windows.max() >= vocab_size:
         raise ValueError(
             f"token ids must be in [0, {vocab_size}), got ids from {windows.min()} to {windows.max()}."
         )
-    if (taps := network.run.taps) is not None and (taps.record or taps.edits_of("logits")):
-        raise ValueError(
-            "taps of what is measured must edit what lies before the logits, and record nothing."
-        )
-    batch = min(num_windows, max(1, _BATCH_TOKENS // size) if batch is None else operator.index(batch))
-    for start in range(0, num_windows, batch):
+    taps.check_edits_alone(network.run.taps)
+
+
+def _states(network, windows, batch, ubatch):
+    for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
         filled = np.concatenate([part, np.repeat(part[:1], batch - len(part), axis=0)])
         x = _hidden(network, filled, ubatch)
@@ -263,6 +282,11 @@ def check_finite(values: np.ndarray, index: int) -> None:
     """Refuses the scores of window `index` if a logit was infinite or NaN."""
     if not np.isfinite(values).all():
         raise ValueError(f"logits must be finite, but those of window {index + 1} are not.")
+
+
+def _exp(nats):
+    with np.errstate(over="ignore"):
+        return np.exp(nats)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run"))

@@ -31,8 +31,8 @@ def write(folder: str | os.PathLike, files: Mapping[str, bytes]) -> None:
 
 
 def json_bytes(record: Any) -> bytes:
-    """Returns a line of JSON."""
-    return (json.dumps(record) + "\n").encode()
+    """Returns a line of JSON; numbers must be finite, as JSON has no others, and None is null."""
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
 
 
 def csv_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:

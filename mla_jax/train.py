@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import pathlib
 import time
@@ -12,12 +14,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
+from mla_jax import perplexity
 from mla_jax.config import ModelConfig, RunConfig
 from mla_jax.nn import taps
 from mla_jax.nn.moe import ExpertReduction
 from mla_jax.nn.transformer import Transformer, init_params
-
-_LOGITS = 1 << 23  # that are held at a time: 32 MiB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,13 @@ def token_losses(
 
     Differentiable in whatever weights are arrays, in adapters and, where it has a temperature, in the
     threshold of `reduction`. The logits of some tokens are held at a time, also in the backward pass.
+
+    Raises:
+      ValueError: if there is nothing to predict, or for taps that would have no effect.
     """
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise ValueError(f"tokens must be [B, T + 1] with T from 1 on, got {tokens.shape}.")
+    taps.check_edits_alone(run.taps)
     return _losses(params, tokens, config, run, reduction)[0]
 
 
@@ -96,20 +103,13 @@ def _losses(params, tokens, config, run, reduction=None):
     model, inputs = Transformer(config, run), (tokens[:, :-1], None, None, None, reduction)
     (x, _), recorded = model.apply({"params": params}, *inputs, method="hidden", mutable=taps.COLLECTION)
 
-    def of_some(part):
-        logits = model.apply({"params": params}, part[0], method="unembed")
-        return optax.softmax_cross_entropy_with_integer_labels(logits, part[1])
+    def of_some(x, ids):
+        logits = perplexity.unembed(params, x, config, run)
+        return perplexity.cross_entropy(logits, ids)
 
     rows, targets = x.reshape(-1, x.shape[-1]), tokens[:, 1:].reshape(-1)
-    size = min(len(rows), max(1, _LOGITS // config.vocab_size))
-    num_pieces = -(-len(rows) // size)
-    padding = num_pieces * size - len(rows)
-    pieces = (
-        jnp.pad(rows, ((0, padding), (0, 0))).reshape(num_pieces, size, -1),
-        jnp.pad(targets, (0, padding)).reshape(num_pieces, size),
-    )
-    losses = jax.lax.map(jax.checkpoint(of_some), pieces).reshape(-1)
-    return losses[: len(rows)].reshape(tokens.shape[0], -1), taps.collected(recorded, config)
+    losses = perplexity.in_pieces(jax.checkpoint(of_some), rows, targets, vocab_size=config.vocab_size)
+    return losses.reshape(tokens.shape[0], -1), taps.collected(recorded, config)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
@@ -158,10 +158,18 @@ def fit(stream: np.ndarray, config: ModelConfig, train: TrainConfig, folder: pat
     state = TrainState(params=params, optimizer=make_optimizer(train).init(params), step=jnp.int32(0))
     take = functools.partial(train_step, config=config, train=train)
     draw = functools.partial(draw_batch, stream, train)
-    return run_steps(state, take, draw, train, folder, report).params
+    about = dict(plan=dataclasses.asdict(train), model=repr(config), text=digest(stream))
+    return run_steps(state, take, draw, train, folder, about=about, report=report).params
 
 
-def run_steps(state: TrainState, take, draw, train, folder: pathlib.Path, report) -> TrainState:
+def digest(*arrays: np.ndarray) -> str:
+    """Returns what tells texts apart."""
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
+
+
+def run_steps(
+    state: TrainState, take, draw, train, folder: pathlib.Path, *, about: dict, report
+) -> TrainState:
     """Takes the steps of a plan, resuming from the newest checkpoint, and returns the last state.
 
     Args:
@@ -170,11 +178,13 @@ def run_steps(state: TrainState, take, draw, train, folder: pathlib.Path, report
       draw: from the number of a step to its batch, of which the first array is tokens i32[B, T + 1].
       train: has `steps` and `checkpoint_every`.
       folder: where checkpoints go.
+      about: JSON values that say what is trained, by name; kept beside the checkpoints.
       report: called with one line of progress at a time.
 
     Raises:
-      ValueError: if a loss is not finite.
+      ValueError: if a loss is not finite, or the folder is of a run that is about something else.
     """
+    _check_same(pathlib.Path(folder), about)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=train.checkpoint_every)
     with ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options) as manager:
         if manager.latest_step() is not None:
@@ -199,6 +209,28 @@ def run_steps(state: TrainState, take, draw, train, folder: pathlib.Path, report
                 report(f"{done_of}  loss {mean:.3f}  {seen / seconds:.0f} tokens/s  {left / 60:.0f} min left")
         manager.wait_until_finished()
     return state
+
+
+def _check_same(folder, about):
+    """Refuses to go on with another run; the checkpoints themselves do not say what they are of."""
+    path, about = folder / "run.json", json.loads(json.dumps(about))
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(about, indent=2) + "\n")
+        return
+    try:
+        before = json.loads(path.read_text())
+    except ValueError:
+        before = None
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+    flat = lambda tree: {name(path): value for path, value in jax.tree_util.tree_leaves_with_path(tree)}
+    if before != about:
+        ours, theirs = flat(about), flat(before)
+        changed = next((key for key in ours if ours[key] != theirs.get(key)), "it")
+        raise ValueError(
+            f"{folder} must be empty or hold checkpoints of this very run, but {changed} was "
+            f"{str(theirs.get(changed))[:80]!r} and is {str(ours.get(changed))[:80]!r}; give another folder."
+        )
 
 
 def bits_per_byte(

@@ -80,6 +80,18 @@ def test_nothing_is_no_distance(model, windows):
     assert found.log_ratio == (0, 0) and found.ratio == (1, 0) and found.difference == (0, 0)
 
 
+def test_numbers_that_are_all_the_same_have_no_correlation(live):
+    first = {name: getattr(live, name)[:1, :1] for name in divergence._FIELDS}
+    assert divergence.Divergence(window=3, **first).correlation is None
+    same = np.full_like(live.nats, 0.1)
+    assert dataclasses.replace(live, base_nats=same).correlation is None
+
+
+def test_an_infinite_perplexity_is_no_error(live):
+    infinite = dataclasses.replace(live, nats=live.nats + 800)
+    assert infinite.ratio.value == infinite.difference.value == math.inf
+
+
 def test_statistics_are_those_of_llama_cpp(live):
     """By sums, their squares and the covariance, as its program has them."""
     nats, bases = live.nats.ravel().astype(float), live.base_nats.ravel().astype(float)

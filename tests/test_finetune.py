@@ -12,7 +12,8 @@ from synthetic import write_deepseek2
 import checkpoints_tools
 import mla_jax
 from checkpoints_tools import lora_files, names
-from mla_jax import finetune, finetune_data, lora, tokenizer
+from mla_jax import finetune, finetune_data, lora, tokenizer, train
+from mla_jax.cache import fingerprint
 from mla_jax.cli import app
 from mla_jax.config import RunConfig
 
@@ -79,6 +80,26 @@ def test_resumed_run_is_the_unbroken_one(model, unbroken, tmp_path, monkeypatch)
     assert lines[0].startswith("resuming from step 3 in ")
     for found, expected in zip(jax.tree.leaves(resumed), jax.tree.leaves(unbroken[0]), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(alpha=5.0), r"plan\.alpha was '4\.0' and is '5\.0'"),
+        (dict(rank=3), r"plan\.rank was '2' and is '3'"),
+        (dict(targets=(r"attn_q_a\.",)), r"plan\.targets\.0 was"),
+    ],
+    ids=["alpha", "rank", "targets"],
+)
+def test_checkpoints_of_another_run_are_refused(model, unbroken, tmp_path, change, message):
+    about = dict(plan=dataclasses.asdict(PLAN), model=fingerprint(model.config, model.params))
+    about["text"] = train.digest(STREAM.tokens, STREAM.counts)
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=message):
+        _fit(model, tmp_path, dataclasses.replace(PLAN, **change))
+    other = finetune.Stream(tokens=STREAM.tokens[::-1], counts=STREAM.counts)
+    with pytest.raises(ValueError, match="text was"):
+        finetune.fit(model.params, other, model.config, PLAN, tmp_path)
 
 
 def test_a_batch_is_differentiated_as_its_windows_together(model):
@@ -159,11 +180,12 @@ def words():
 def test_lines_of_examples_count_their_answers(words, tmp_path):
     path = tmp_path / "examples.jsonl"
     messages = [dict(role="user", content="one"), dict(role="assistant", content="two")]
-    lines = [dict(text="import os"), dict(prompt="def f", completion="(x): pass"), dict(messages=messages)]
-    path.write_text("\n\n".join(map(json.dumps, lines)))
+    text = "import os\r\n# \u2028"
+    lines = [dict(text=text), dict(prompt="def f", completion="(x): pass"), dict(messages=messages)]
+    path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), newline="")
     stream = finetune_data.read_stream(path, words)
     eos = words.vocabulary.eos_id
-    answers = [words.encode("import os"), words.encode("(x): pass", add_special=False)]
+    answers = [words.encode(text), words.encode("(x): pass", add_special=False)]
     answers.append(words.encode("two", add_special=False))
     learned = [token for answer in answers for token in (*answer, eos)]
     assert stream.tokens[stream.counts].tolist() == learned
@@ -175,7 +197,9 @@ def test_a_long_text_is_read_whole(words, tmp_path):
     (tmp_path / "long.txt").write_text(text)
     stream = finetune_data.read_stream(tmp_path / "long.txt", words)
     assert words.decode(stream.tokens[:-1].tolist()) == text and stream.counts.all()
-    assert (stream.tokens == words.vocabulary.bos_id).sum() == 1
+    (tmp_path / "long.txt").write_bytes(b"a = 1\r\n")
+    stream = finetune_data.read_stream(tmp_path / "long.txt", words)
+    assert stream.tokens[:-1].tolist() == words.encode("a = 1\r\n")
 
 
 @pytest.mark.parametrize(
@@ -193,6 +217,11 @@ def test_bad_lines_are_named(words, tmp_path, line):
 def test_command_writes_an_adapter(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("class Path:\n    pass\n" * 40)
+    before = (tmp_path / "text.txt").read_bytes()
+    assert app.main(["finetune", "--text", "text.txt", "--out", "text.txt.gguf", "--target", "("]) == 2
+    (tmp_path / "text.gguf").write_bytes(before)
+    assert app.main(["finetune", "--text", "text.gguf", "--out", "text.gguf"]) == 2
+    assert "--out must not be a file that is read" in capsys.readouterr().err
     small = "--steps 1 --batch 1 --window 16 --rank 1 --target blk.0.attn_output".split()
     given = ["--text", "text.txt", "--held-out", "text.txt", "--out", "adapter.gguf", *small]
     assert app.main(["finetune", *given]) == 0

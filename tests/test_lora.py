@@ -11,7 +11,7 @@ from synthetic import write_deepseek2
 
 import checkpoints_tools
 from checkpoints_tools import names
-from mla_jax import lora, quant, train
+from mla_jax import lora, quant, taps, train
 from mla_jax.cache import init_cache
 from mla_jax.config import RunConfig
 from mla_jax.nn import mla_alone
@@ -123,6 +123,22 @@ def test_merged_weights_are_the_weights_with_their_adapters(model):
     np.testing.assert_allclose(found, logits, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16], ids=["f32", "f16", "bf16"])
+def test_weights_without_blocks_are_merged_in_their_type(dtype):
+    params = {"output": {"weight": jnp.ones((8, 4), dtype)}}
+    made = lora.init(jax.random.key(0), params, rank=2, alpha=2.0, targets=("output",))
+    merged = lora.merge(lora.attach(params, made), made)["output"]["weight"]
+    assert merged.dtype == dtype and (merged == 1).all()
+
+
+def test_rows_of_a_weight_with_an_adapter():
+    a, b = jnp.ones((2, 4)), jnp.arange(12.0).reshape(6, 2)
+    weight, ids = quant.LoraTensor(base=jnp.zeros((6, 4)), a=a, b=b), jnp.asarray([5, 0])
+    np.testing.assert_array_equal(quant.take_rows(weight, ids), (b @ a)[ids])
+    with pytest.raises(ValueError, match="takes at most 0 indices"):
+        weight[0]
+
+
 def test_two_adapters_add_up(model):
     first, second = _adapters(model, (r"attn_q_a\.",)), _adapters(model, lora.ATTENTION)
     both = lora.attach(lora.attach(model.params, first), second, strength=-1.0)
@@ -162,7 +178,9 @@ def test_training_through_the_flash_prefill(model):
     """The wiring of a GPU, whose op is computed by its reference here: operands are rounded to bfloat16."""
     params = _dense(model.params)
     of = lambda **run: jax.jit(jax.grad(lambda params: _mean_loss(params, model, **run)))(params)
-    for found, expected in zip(jax.tree.leaves(of(gpu_kernels=True)), jax.tree.leaves(of()), strict=True):
+    with jax.default_matmul_precision(None):
+        short = of(gpu_kernels=True)
+    for found, expected in zip(jax.tree.leaves(short), jax.tree.leaves(of()), strict=True):
         assert jnp.vdot(found, expected) >= 0.99 * jnp.linalg.norm(found) * jnp.linalg.norm(expected)
 
 
@@ -185,11 +203,14 @@ def test_a_threshold_of_expert_reduction_has_a_gradient(model):
     ("settings", "message"),
     [
         (dict(rank=0), "rank must be at least 1, got 0"),
+        (dict(rank=65), "rank must be at most 64, a side of blk.0.attn_q_a.weight, got 65"),
+        (dict(alpha=0.0), "alpha must be positive and finite, got 0.0"),
+        (dict(targets=("(",)), r"regular expressions, got '\('"),
         (dict(targets=("attn_qq",)), "got 'attn_qq'"),
         (dict(targets=("attn_norm",)), "must be of a matrix .* got 'blk.0.attn_norm.weight'"),
         (dict(targets=("token_embd",)), "must be of a matrix .* got 'token_embd.weight'"),
     ],
-    ids=["rank", "no weight", "vector", "embedding"],
+    ids=["rank", "large rank", "alpha", "expression", "no weight", "vector", "embedding"],
 )
 def test_bad_adapters_are_refused(model, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -205,3 +226,12 @@ def test_adapters_of_another_model_are_refused(model):
     renamed = dataclasses.replace(adapters, adapters={"blk.7.attn_q_a.weight": adapter})
     with pytest.raises(ValueError, match=r"a weight that the model has, got 'blk\.7\.attn_q_a\.weight'"):
         lora.merge(model.params, renamed)
+
+
+def test_losses_of_nothing_and_useless_taps_are_refused(model):
+    settings = dict(config=model.config, run=RunConfig())
+    with pytest.raises(ValueError, match=r"tokens must be \[B, T \+ 1\] with T from 1 on, got \(2, 1\)"):
+        train.token_losses(model.params, TOKENS[:, :1], **settings)
+    edited = taps.tapped(RunConfig(), edits={"logits": lambda value, positions: value})
+    with pytest.raises(ValueError, match="must edit what lies before the logits"):
+        train.token_losses(model.params, TOKENS, config=model.config, run=edited)

@@ -120,12 +120,23 @@ def test_one_token_alone_has_no_error():
     assert found.estimate == (pytest.approx(3.0), 0.0)
 
 
+def test_beyond_the_largest_number_is_infinity():
+    found = perplexity.Perplexity(window=5, nats=np.array([[800.0, 900.0]], np.float32))
+    assert found.estimate == (math.inf, math.inf)
+    assert found.running.tolist() == found.by_window.tolist() == [math.inf]
+
+
 def test_bad_input_is_refused(model, windows):
     cases = [
         (lambda: perplexity.cut(range(9), 10), "at least the 10 tokens of a window, got 9"),
         (lambda: perplexity.cut(range(9), 2), "a window must have at least 3 tokens, got 2"),
         (lambda: perplexity.cut(range(9), 4, limit=0), "at least 1 window, got 0"),
         (lambda: perplexity.measure(model, windows + 300), r"token ids must be in \[0, 320\)"),
+        (lambda: perplexity.measure(model, windows[:, :2]), r"at least 3 tokens each, got shape \(5, 2\)"),
+        (lambda: perplexity.measure(model, windows[:0]), r"at least 1 of .* got shape \(0, 33\)"),
+        (lambda: perplexity.measure(model, windows[0]), r"at least 1 of .* got shape \(33,\)"),
+        (lambda: perplexity.measure(model, windows, batch=0), "batch must be at least 1, got 0"),
+        (lambda: perplexity.measure(model, windows, ubatch=0), "ubatch must be at least 1, got 0"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

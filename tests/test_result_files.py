@@ -28,3 +28,5 @@ def test_tables_and_records_are_read_again():
     text = result_files.csv_bytes(rows).decode()
     assert [dict(row, x=float(row["x"])) for row in csv.DictReader(io.StringIO(text))] == rows
     assert json.loads(result_files.json_bytes(dict(rows=rows))) == dict(rows=rows)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        result_files.json_bytes(dict(x=float("nan")))

@@ -1,6 +1,7 @@
 """What measures print and keep: lines and tables in the forms of llama.cpp and ik_llama.cpp, and records."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def divergence_statistics(found: Divergence) -> str:
         ("Mean PPL(Q)/PPL(base)         ", found.ratio),
         ("Mean PPL(Q)-PPL(base)         ", found.difference),
     ]:
-        told = f"{100 * found.correlation:6.2f}%" if estimate is None else _plus_minus(estimate, 10, 6)
+        told = _share(found.correlation) if estimate is None else _plus_minus(estimate, 10, 6)
         lines.append(f"{name}: {told}")
     lines += ["", "====== KL divergence statistics ======"]
     lines.append(f"Mean    KLD: {_plus_minus(found.mean_kl, 10, 6)}")
@@ -66,8 +67,8 @@ def divergence_statistics(found: Divergence) -> str:
 
 
 def perplexity_record(found: Perplexity) -> dict[str, Any]:
-    """Returns what a perplexity came to."""
-    value, error = found.estimate
+    """Returns what a perplexity came to; None for what is not finite, which JSON has no number for."""
+    value, error = map(_finite, found.estimate)
     windows, tokens = found.nats.shape
     return dict(window=found.window, windows=windows, tokens=windows * tokens, perplexity=value, error=error)
 
@@ -82,7 +83,7 @@ def perplexity_rows(found: Perplexity) -> list[dict[str, Any]]:
 
 
 def divergence_record(found: Divergence) -> dict[str, Any]:
-    """Returns what a divergence came to."""
+    """Returns what a divergence came to; None for what is not finite."""
     record = perplexity_record(found.perplexity)
     estimates = dict(
         base_perplexity=found.base_perplexity.estimate,
@@ -95,7 +96,7 @@ def divergence_record(found: Divergence) -> dict[str, Any]:
         top1=found.top1,
     )
     for name, (value, error) in estimates.items():
-        record |= {name: value, f"{name}_error": error}
+        record |= {name: _finite(value), f"{name}_error": _finite(error)}
     spread = lambda values, percents: {
         "min": float(values.min()),
         **{f"{percent:g}": float(np.percentile(values, percent)) for percent in reversed(percents)},
@@ -182,7 +183,7 @@ def bench_csv_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def json_lines(records: Sequence[dict[str, Any]]) -> str:
     """Returns a line of JSON for each record."""
-    return "".join(json.dumps(record) + "\n" for record in records)
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
 
 
 def _spread(values, percents):
@@ -191,6 +192,14 @@ def _spread(values, percents):
     for percent in percents:
         yield "Median " if percent == 50 else f"{percent:4.1f}%  ", np.percentile(values, percent)
     yield "Minimum", values.min()
+
+
+def _finite(value):
+    return value if math.isfinite(value) else None
+
+
+def _share(value):
+    return "undefined" if value is None else f"{100 * value:6.2f}%"
 
 
 def _with_unit(number, units):

@@ -71,9 +71,9 @@ def sweep_bench(values):
     about |= dict(n_threads=threads, n_threads_batch=threads)
     loading.tell(", ".join(f"{name} = {value}" for name, value in about.items()))
     rows, is_table = [], values.output_format == "table"
-    if is_table:
-        _write(tables.SWEEP_HEADER + "\n")
     for row in speed.sweep(model, prompt=prompt, predict=predict):
+        if is_table and not rows:
+            _write(tables.SWEEP_HEADER + "\n")
         rows.append(row)
         line = tables.sweep_line(row) + "\n"
         _write(line if is_table else tables.json_lines([tables.sweep_record(row, about)]))
@@ -302,7 +302,7 @@ def _check_out(folder, has_plot=True):
 
 def _read(path):
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
+        return pathlib.Path(path).read_bytes().decode("utf-8")  # line ends as they are
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} must be text in UTF-8, but byte {error.start} is none.") from None
 

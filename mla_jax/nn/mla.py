@@ -222,7 +222,7 @@ class MLAttention(nn.Module):
         expands = self._expands(q_BTNH.shape[1])
         if expands and not is_cached:
             parts = q_BTNH, qr_BTNP, rows.latent, rows.rope, *up.decode(), positions
-            for_gpu = self.run.flash and dispatch.for_gpu(self.run.gpu_kernels)
+            for_gpu = self.run.flash and not dispatch.is_exact() and dispatch.for_gpu(self.run.gpu_kernels)
             return mla_alone.attend(*parts, sm_scale=kwargs["sm_scale"], for_gpu=for_gpu)[0]
         attend = attend_expanded if expands else attend_absorbed
 

@@ -240,9 +240,16 @@ class Router(nn.Module):
             moe,
             group_routing=self.run.group_routing,
             reduction=reduction,
-            choose=lambda ids_XK: tap(self, "expert_ids", ids_XK, positions),
+            choose=lambda ids_XK: self._chosen(ids_XK, positions),
         )
         return ids_XK, tap(self, "expert_weights", weight_XK, positions)
+
+    def _chosen(self, ids_XK, positions):
+        """Returns the ids as edits make them; what is no expert is none."""
+        edited_XK, E = tap(self, "expert_ids", ids_XK, positions), self.config.num_experts
+        if edited_XK is ids_XK:
+            return ids_XK
+        return jnp.where((edited_XK >= 0) & (edited_XK < E), edited_XK, E)
 
 
 class Experts(nn.Module):

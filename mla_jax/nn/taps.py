@@ -78,7 +78,13 @@ def names(config: ModelConfig) -> list[str]:
 def tapped(
     run: RunConfig, record: Sequence[str] = (), edits: Mapping[str, Callable] | None = None
 ) -> RunConfig:
-    """Returns `run` with values to record and edits besides those that it has, see `Taps`."""
+    """Returns `run` with values to record and edits besides those that it has, see `Taps`.
+
+    Raises:
+      ValueError: for a record that is a name alone, whose letters would be taken for names.
+    """
+    if isinstance(record, str):
+        raise ValueError(f"record must be a tuple or list of names, got {record!r}.")
     taps = run.taps or Taps()
     taps = Taps(record=(*taps.record, *record), edits=(*taps.edits, *(edits or {}).items()))
     return dataclasses.replace(run, taps=None if taps == Taps() else taps)
@@ -101,6 +107,18 @@ def check(config: ModelConfig, taps: Taps | None) -> None:
     for name in known:
         if taps.edits_of(name) and PLACES[_base(name)].is_read_only:
             raise ValueError(f"edits must be of values that something is computed from, got {name}.")
+
+
+def check_edits_alone(taps: Taps | None) -> None:
+    """Checks taps of who takes the logits apart and returns no values by name.
+
+    Raises:
+      ValueError: if they record something or edit the logits.
+    """
+    if taps is not None and (taps.record or taps.edits_of("logits")):
+        raise ValueError(
+            "taps of what is measured must edit what lies before the logits, and record nothing."
+        )
 
 
 def tap(module: nn.Module, name: str, value: jax.Array, positions: jax.Array) -> jax.Array:

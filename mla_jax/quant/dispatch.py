@@ -39,6 +39,11 @@ def for_gpu(wanted: bool | None) -> bool:
     return gpu_kernels.on_gpu() if wanted is None else wanted
 
 
+def is_exact() -> bool:
+    """Whether JAX is asked for float32 products, as XLA computes them."""
+    return jax.config.jax_default_matmul_precision in _EXACT
+
+
 def run(*args, weights=(), cpu=None, cuda=None, default):
     """Returns what kernels give where the code lowers for their device and they are wanted, else `default`.
 
@@ -55,7 +60,7 @@ def run(*args, weights=(), cpu=None, cuda=None, default):
     ways = {} if cuda is None else {"cuda": cuda}
     if cpu is not None and cpu_kernels.available() and has_kernel(*weights):
         ways["cpu"] = cpu
-    if not ways or jax.config.jax_default_matmul_precision in _EXACT:
+    if not ways or is_exact():
         return default(*args)
 
     @jax.custom_jvp

@@ -59,10 +59,7 @@ def _jvp(primals, tangents, **settings):
     slope, *of_leaves = tangents
     if not all(isinstance(part, ad.Zero) or part.dtype == jax.dtypes.float0 for part in of_leaves):
         raise ValueError("a quantised weight must be held fixed: its blocks have no gradient.")
-    result = _product_p.bind(*primals, **settings)
-    if isinstance(slope, ad.Zero):
-        return result, ad.Zero.from_primal_value(result)
-    return result, _product_p.bind(slope, *primals[1:], **settings)
+    return _product_p.bind(*primals, **settings), _product_p.bind(slope, *primals[1:], **settings)
 
 
 def _transpose(cotangent, x, *leaves, structure, is_transposed):

@@ -44,7 +44,8 @@ def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
     if isinstance(weight, tensor.LoraTensor):
         update = linear_map.multiply(linear_map.multiply(x, weight.a), weight.b)
         return matmul(x, weight.base) + update
-    is_frozen = isinstance(weight, tensor.QuantizedTensor | tensor.PlanarTensor)
+    is_plain = getattr(weight, "format", None) in tensor.PLAIN  # 16 bits in planes have derivatives too
+    is_frozen = isinstance(weight, tensor.QuantizedTensor | tensor.PlanarTensor) and not is_plain
     return _by_frozen(x, weight) if is_frozen else _dispatch(x, weight)
 
 

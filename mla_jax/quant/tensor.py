@@ -117,11 +117,15 @@ class LoraTensor:
         return jnp.dtype(jnp.float32)
 
     def __getitem__(self, index) -> "LoraTensor":
-        """Selects along leading axes, for example an expert."""
+        """Selects along leading axes, for example an expert; a matrix is never cut."""
+        if len(index if isinstance(index, tuple) else (index,)) > self.ndim - 2:
+            raise ValueError(f"a LoraTensor of shape {self.shape} takes at most {self.ndim - 2} indices.")
         return LoraTensor(base=self.base[index], a=self.a[index], b=self.b[index])
 
 
 Weight = jax.Array | QuantizedTensor | PlanarTensor | LoraTensor
+
+PLAIN = ("f16", "bf16")  # formats of planes that are the numbers themselves
 
 _repack = jax.jit(weight_tiles.repack, static_argnames="format")  # fused: 4 bytes a code are never held
 
@@ -134,7 +138,7 @@ def to_planes(weight: Weight) -> Weight:
     if isinstance(weight, LoraTensor):
         return dataclasses.replace(weight, base=to_planes(weight.base))
     if not isinstance(weight, QuantizedTensor):
-        name = {jnp.dtype(jnp.float16): "f16", jnp.dtype(jnp.bfloat16): "bf16"}.get(weight.dtype)
+        name = {"float16": "f16", "bfloat16": "bf16"}.get(weight.dtype.name)
         return PlanarTensor(planes=(weight,), format=name) if name and weight.ndim == 3 else weight
     if weight.format not in weight_tiles.LAYOUTS:
         return weight
@@ -180,4 +184,7 @@ def take_rows(weight: Weight, ids: jax.Array) -> jax.Array:
     Returns:
       float32[..., size].
     """
-    return decode(jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=0, mode="clip"), weight))
+    take = lambda part: jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=0, mode="clip"), part)
+    if isinstance(weight, LoraTensor):
+        return decode(take(weight.base)) + jnp.matmul(take(weight.b), weight.a, precision="highest")
+    return decode(take(weight))

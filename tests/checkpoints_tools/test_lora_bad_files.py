@@ -55,6 +55,11 @@ BAD_TENSORS = {
     "infinite": (factors(O_PROJ, A, B + np.float32(np.inf)), r"lora_B.weight' must be finite"),
     "no such expert": (expert(4), "must be of one of 4 experts"),
     "ranks of experts": (expert(0) | expert(1, 3), "must have one rank, they have several"),
+    "experts twice": (
+        factors("model.layers.1.mlp.experts.0.down_proj", A[:, :32], B)
+        | factors("model.layers.1.mlp.experts", np.zeros((8, 32), np.float32), np.zeros((64, 8), np.float32)),
+        "must be adapted as a whole or by experts, it is both",
+    ),
     "stack of no kind": (factors("model.layers.1.mlp.experts", A, B[:5]), "of gate_up_proj or down_proj"),
     "stack in a dense layer": (factors("model.layers.0.mlp.experts", A, B), "of gate_up_proj or down_proj"),
     "stack of odd rows": (

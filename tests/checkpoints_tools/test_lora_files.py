@@ -161,6 +161,12 @@ def test_a_weight_in_two_forms_gets_its_update_in_both(models):
         np.testing.assert_allclose(whole, update(lora, f"{block}attn_kv_b.weight"), atol=1e-6)
 
 
+def test_an_adapter_of_no_tensor_at_hand_is_refused(model):
+    lora = random_lora(model.params, targets=["attn_kv_b"])
+    with pytest.raises(ValueError, match=r"the model must have a tensor 'blk\.1\.attn_kv_b\.weight'"):
+        lora_forms.fit(host(lora), model.config, ["blk.0.attn_kv_b.weight", "blk.1.attn_output.weight"])
+
+
 def test_a_gguf_file_is_one_for_other_readers(models, tmp_path):
     lora = random_lora(models["k_b and v_b"].params)
     lora_files.save_lora(tmp_path / "some.gguf", lora, models["k_b and v_b"].config)

@@ -7,13 +7,14 @@ import re
 import struct
 
 import jax
+import numpy as np
 import pytest
 from synthetic import write_deepseek2
 
 import mla_jax
 from benchmarks import sweep_bench
 from mla_jax import corpus, divergence, generate, perplexity, steps
-from mla_jax.cli import app
+from mla_jax.cli import app, measure_tables
 from mla_jax.perplexity import Network
 
 TEXT = "The latent of a token is small, and the cache with it. " * 12
@@ -147,6 +148,32 @@ def test_a_base_has_the_flags_of_the_command_but_for_its_own(run, path, text, tm
     assert err.count("cache: 96 bytes a token") == 2  # in 8 bits both
     code, out, _ = run(*options, "--against", "-ser 1,0")
     assert code == 0 and _figures(out)["Mean    KLD"][0] > 1e-5
+
+
+def test_a_single_token_has_no_correlation(run, path, text, folder):
+    """Nor is there a number for it in JSON."""
+    options = ["-f", text, "-c", "3", "--chunks", "1", "--kl-divergence", "--against", "-ctk fp8_e4m3"]
+    code, out, _ = run("perplexity", path, *options, "--out", folder)
+    assert code == 0 and "Cor(ln(PPL(Q)), ln(PPL(base))): undefined\n" in out
+    refused = lambda name: pytest.fail(f"{name} is no JSON")
+    record = json.loads((folder / "perplexity.json").read_text(), parse_constant=refused)
+    assert record["correlation"] is None and record["tokens"] == 1
+
+
+def test_what_is_infinite_is_null_in_a_record():
+    found = perplexity.Perplexity(window=5, nats=np.array([[800.0, 900.0]], np.float32))
+    record = measure_tables.perplexity_record(found)
+    assert (record["perplexity"], record["error"]) == (None, None)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        measure_tables.json_lines([dict(perplexity=found.estimate.value)])
+
+
+def test_line_ends_are_part_of_a_text(run, path, model, tmp_path):
+    (tmp_path / "text").write_bytes(TEXT.replace(". ", ".\r\n").encode())
+    code, out, _ = run("perplexity", path, "-f", tmp_path / "text", "-c", "40", "-b", "80", "--chunks", "2")
+    windows = perplexity.windows_of(model, TEXT.replace(". ", ".\r\n"), 40, limit=2)
+    wanted = perplexity.measure(model, windows, batch=2).estimate
+    assert code == 0 and out.endswith(f"PPL = {wanted.value:.4f} +/- {wanted.error:.5f}\n")
 
 
 def test_sweep_bench_prints_the_table_that_is_read(run, path, folder):
@@ -289,6 +316,8 @@ def test_what_shows_late_is_one_sentence_and_leaves_nothing(run, path, text, tmp
         code, out, err = run("perplexity", path, *args)
         assert (code, out, err.splitlines()[-1]) == (2, "", f"mla-jax: {sentence}")
     assert sorted(tmp_path.iterdir()) == before
+    code, out, err = run("sweep-bench", path, "-c", "64", "-n", "100")
+    assert (code, out) == (2, "") and "must have room for 100 tokens, got one of 64.\n" in err
     code, _, err = run("bench", path, "-c", "10", "-r", "1")
     assert code == 2 and err.endswith("mla-jax: the context must have room for 512 tokens, got one of 10.\n")
 

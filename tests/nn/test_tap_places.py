@@ -127,6 +127,16 @@ def test_the_residual_is_the_sum_of_what_the_branches_add(name):
     np.testing.assert_allclose(seen["logits"], last @ weights["output"]["weight"].T, atol=2e-5)
 
 
+@pytest.mark.parametrize(("mode", "rope"), [(0, None), (1, "f16")])
+def test_the_lse_of_a_rotated_quantised_cache_some_heads_at_a_time(mode, rope):
+    kinds = dict(cache_type="q8_0", cache_type_rope=rope, hadamard_size=64)
+    run = RunConfig(mla=mode, flash=False, attention_max_batch=1, **kinds)
+    cache = init_cache(CONFIG, run, batch=BATCH, ctx_size=NUM_TOKENS)
+    tokens = draw_tokens(BATCH, NUM_TOKENS)
+    _, _, seen = run_model(_model()[0], tokens, cache, run=run, record=("attn_lse.0",))
+    np.testing.assert_allclose(seen["attn_lse.0"], _seen(None)["attn_lse.0"], atol=0.1)
+
+
 @pytest.mark.parametrize("name", [None, "mla3-flash"])
 def test_experts_are_those_that_the_router_prefers(name):
     seen, weights = _seen(name), _model()[1]

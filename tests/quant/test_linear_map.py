@@ -97,3 +97,14 @@ def test_weights_with_an_adapter_are_their_sum():
     of_dense = lambda parts: _loss(x, quant.decode(base) + parts[1] @ parts[0])
     for found, expected in zip(jax.grad(loss)((a, b)), jax.grad(of_dense)((a, b)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["f16", "bf16"])
+def test_planes_of_plain_numbers_have_a_gradient(dtype):
+    """Experts of 16 bits are planes for a GPU, and as trainable there as anywhere."""
+    array, x = _x(1, ROWS, COLUMNS, seed=4).astype(dtype), _x(5, COLUMNS)
+    loss = lambda array: _loss(x, quant.to_planes(array)[0])
+    found = jax.grad(loss)(array)
+    expected = jax.grad(lambda array: _loss(x, array[0]))(array)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.01, atol=1e-3)
+    assert jnp.abs(expected).max() > 1
