@@ -37,7 +37,8 @@ def save_lora(path: str | os.PathLike, lora: Lora, config: ModelConfig) -> None:
       config: the model.
 
     Raises:
-      ValueError: if the folder is in use, or a number is not finite.
+      ValueError: if the folder is in use, or for what could not be loaded: no adapters, an alpha or a rank
+        out of range, or a number that is not finite.
       OSError: if it cannot be written.
     """
     if os.fspath(path).endswith(".gguf"):

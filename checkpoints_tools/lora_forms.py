@@ -4,6 +4,7 @@ An adapter is two factors, and both forms are the same numbers in another order,
 factors are cut, put side by side, or swapped where a weight is transposed.
 """
 
+import math
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from checkpoints_tools import layout
 from checkpoints_tools.gguf_file import GGUFError
+from mla_jax import lora as lora_lib
 from mla_jax.config import MLAConfig, ModelConfig
 from mla_jax.lora import Adapter, Lora
 
@@ -43,31 +45,74 @@ def check_shapes(
     if name not in shapes:
         raise GGUFError(f"{path}: {name!r} must be a matrix that this model multiplies by, it is none.")
     *lead, height, width = shapes[name]
-    rank = a[-2] if len(a) > 1 else 0
-    if a != (*lead, rank, width) or b != (*lead, height, rank) or not 1 <= rank <= height + width:
+    rank, largest = a[-2] if len(a) > 1 else 0, _largest_rank(height, width)
+    if a != (*lead, rank, width) or b != (*lead, height, rank) or not 1 <= rank <= largest:
         lead = "".join(f"{size}, " for size in lead)
         raise GGUFError(
             f"{path}: the adapter of {name!r} must have factors a [{lead}r, {width}] and "
-            f"b [{lead}{height}, r] of a rank r in [1, {height + width}], got {list(a)} and {list(b)}."
+            f"b [{lead}{height}, r] of a rank r in [1, {largest}], got {list(a)} and {list(b)}."
         )
 
 
-def check_finite(lora: Lora) -> None:
-    """Checks that all numbers are finite, so that no file of an adapter is written that none can load.
+def check_savable(adapters: Mapping[str, Adapter], alpha: float) -> None:
+    """Checks what is to be written, so that there is no file of an adapter that cannot be loaded.
+
+    Args:
+      adapters: by GGUF name.
+      alpha: of all of them.
+
+    Raises:
+      ValueError: for no adapters, an alpha or a rank that loading refuses, or a number that is not finite.
+    """
+    if not adapters:
+        raise ValueError("an adapter must be of at least one weight, got none.")
+    if not lora_lib.is_alpha(alpha):
+        raise ValueError(f"alpha must be a number {lora_lib.ALPHAS}, got {alpha}.")
+    for name, adapter in adapters.items():
+        largest = _largest_rank(adapter.b.shape[-2], adapter.a.shape[-1])
+        if not 1 <= adapter.rank <= largest:
+            raise ValueError(
+                f"the rank of the adapter of {name!r} must be in [1, {largest}], got {adapter.rank}."
+            )
+    check_finite(adapters)
+
+
+def check_strength(lora: Lora, strength: float) -> None:
+    """Checks what the updates of an adapter are to be multiplied by.
+
+    Raises:
+      ValueError: if it is not finite, or makes factors of what is not.
+    """
+    if not math.isfinite(strength):
+        raise ValueError(f"the scale of an adapter must be finite, got {strength}.")
+    for name, adapter in lora.adapters.items():
+        with np.errstate(over="ignore", invalid="ignore"):
+            factor = np.float32(strength * lora.alpha / adapter.rank)
+            is_finite = np.isfinite(np.asarray(adapter.b) * factor).all()
+        if not is_finite:
+            raise ValueError(
+                f"the scale of an adapter must leave its factors finite, got {strength} for {name!r}."
+            )
+
+
+def check_finite(adapters: Mapping[str, Adapter]) -> None:
+    """Checks that all numbers of adapters are finite.
 
     Raises:
       ValueError: if one is not.
     """
-    for name, adapter in lora.adapters.items():
+    for name, adapter in adapters.items():
         if not all(np.isfinite(np.asarray(part)).all() for part in (adapter.a, adapter.b)):
             raise ValueError(f"the adapter of {name!r} must be finite, it is not.")
 
 
+@np.errstate(over="ignore")  # what is infinite then is refused by `check_finite`
 def scaled(adapter: Adapter, factor: float) -> Adapter:
     """Returns an adapter of NumPy arrays that adds `factor` times as much."""
     return adapter if factor == 1 else Adapter(a=adapter.a, b=adapter.b * np.float32(factor))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # as above
 def fit(adapters: Mapping[str, Adapter], config: ModelConfig, names: Container[str]) -> dict[str, Adapter]:
     """Brings adapters into the forms of the tensors at hand.
 
@@ -124,6 +169,11 @@ def _forms(config: ModelConfig) -> Iterator[tuple[str, list[str], _Form]]:
         for form in forms:
             whole, *parts = (f"blk.{layer}.{kind}.weight" for kind in (form.whole, *form.parts))
             yield whole, parts, form
+
+
+def _largest_rank(height, width):
+    """Returns more than any update needs, a multiple of 8 as ranks in GGUF files are."""
+    return height + width + -(height + width) % 8
 
 
 def _cut_heads(adapter, mla):

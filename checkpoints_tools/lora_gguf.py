@@ -4,7 +4,6 @@ Tensors `NAME.lora_a` [..., r, in] and `NAME.lora_b` [..., out, r] stand for `al
 added to the tensor NAME of the model; those of experts are stacked.
 """
 
-import math
 import os
 from collections.abc import Container, Mapping
 
@@ -18,6 +17,7 @@ from checkpoints_tools.gguf_header import shown
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from checkpoints_tools.load import read_weight
 from checkpoints_tools.row_chunks import decoded
+from mla_jax import lora as lora_lib
 from mla_jax import quant
 from mla_jax.config import ModelConfig
 from mla_jax.lora import Adapter, Lora
@@ -38,13 +38,15 @@ def save_gguf(path: str | os.PathLike, lora: Lora, *, name: str = "lora") -> Non
       name: of the adapter, for those who look into the file.
 
     Raises:
-      ValueError: if a number is not finite.
+      ValueError: for what `lora_forms.check_savable` refuses.
       OSError: if the file cannot be written.
     """
-    lora_forms.check_finite(lora)
+    lora_forms.check_savable(lora.adapters, lora.alpha)
+    padded = {tensor: _padded(adapter) for tensor, adapter in lora.adapters.items()}
+    lora_forms.check_savable(padded, lora.alpha)
     tensors = []
-    for tensor, adapter in lora.adapters.items():
-        for part, values in zip(_PARTS, _padded(adapter), strict=True):
+    for tensor, adapter in padded.items():
+        for part, values in zip(_PARTS, (adapter.a, adapter.b), strict=True):
             tensors.append(TensorData(tensor + part, values.shape, IDS["f32"], values))
     about = {
         "general.architecture": hparams.ARCHITECTURE,
@@ -56,13 +58,13 @@ def save_gguf(path: str | os.PathLike, lora: Lora, *, name: str = "lora") -> Non
     write_gguf(path, about, tensors)
 
 
-def _padded(adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
-    """Returns factors of a rank that is a multiple of 8, and the update of which is the same."""
+def _padded(adapter: Adapter) -> Adapter:
+    """Returns an adapter of a rank that is a multiple of 8, and the update of which is the same."""
     more = -adapter.rank % _RANKS
     none = [(0, 0)] * (adapter.a.ndim - 2)
     a = np.pad(np.asarray(adapter.a, np.float32), [*none, (0, more), (0, 0)])
     b = np.pad(np.asarray(adapter.b, np.float32), [*none, (0, 0), (0, more)])
-    return a, b * np.float32((adapter.rank + more) / adapter.rank)
+    return lora_forms.scaled(Adapter(a=a, b=b), (adapter.rank + more) / adapter.rank)
 
 
 def load_gguf(path: str | os.PathLike, config: ModelConfig, names: Container[str]) -> Lora:
@@ -89,6 +91,7 @@ def load_gguf(path: str | os.PathLike, config: ModelConfig, names: Container[str
         adapters = {name: lora_forms.scaled(part, part.b.shape[-1]) for name, part in adapters.items()}
     try:
         fitted = lora_forms.fit(adapters, config, names)
+        lora_forms.check_finite(fitted)
     except ValueError as error:
         raise GGUFError(f"{file.path}: {error}") from None
     return Lora(adapters=jax.device_put(fitted), alpha=alpha)
@@ -105,9 +108,9 @@ def _check_kind(file: GGUFFile) -> None:
 
 def _alpha(file: GGUFFile) -> float:
     alpha = file.metadata.get(_ALPHA, 0.0)
-    if type(alpha) is not float or not math.isfinite(alpha) or alpha < 0:
+    if type(alpha) is not float or not (alpha == 0 or lora_lib.is_alpha(alpha)):
         raise GGUFError(
-            f"{file.path}: key {_ALPHA!r} must be a finite float that is not negative, got {shown(alpha)}."
+            f"{file.path}: key {_ALPHA!r} must be 0 or a float {lora_lib.ALPHAS}, got {shown(alpha)}."
         )
     return alpha
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from checkpoints_tools import interleave, lora_files
+from checkpoints_tools import interleave, lora_files, lora_forms
 from checkpoints_tools.ggml_types import IDS
 from checkpoints_tools.gguf_file import GGUFError, GGUFFile, TensorInfo, open_gguf
 from checkpoints_tools.gguf_metadata import Field
@@ -84,7 +84,8 @@ def plan(model: str | os.PathLike, adapters: Sequence[Source], *, type: str | No
 
     Raises:
       GGUFError: for a file that is no sound model, or no sound adapter of it.
-      ValueError: without adapters, for a type that is not known, or a weight whose own type has no encoder.
+      ValueError: without adapters, for a scale that is not finite or makes factors of what is not, a type
+        that is not known, or a weight whose own type has no encoder.
     """
     if not adapters:
         raise ValueError("adapters must be at least one, got none.")
@@ -94,6 +95,7 @@ def plan(model: str | os.PathLike, adapters: Sequence[Source], *, type: str | No
     scaled: dict[str, list[Adapter]] = {}
     for path, strength in adapters:
         lora = lora_files.load_lora(path, config, file.tensors.keys())
+        lora_forms.check_strength(lora, strength)
         for name, part in lora.adapters.items():
             b = np.asarray(part.b) * np.float32(strength * lora.alpha / part.rank)
             scaled.setdefault(name, []).append(Adapter(a=np.asarray(part.a), b=b))

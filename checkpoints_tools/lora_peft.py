@@ -22,6 +22,7 @@ from absl import logging
 from checkpoints_tools import folders, hf_names, json_file, layout, lora_forms, safetensors_file
 from checkpoints_tools.gguf_file import GGUFError
 from checkpoints_tools.safetensors_file import SafetensorsFolder, StoredTensor
+from mla_jax import lora as lora_lib
 from mla_jax.config import ModelConfig
 from mla_jax.lora import Adapter, Lora
 
@@ -35,7 +36,7 @@ _STACK = re.compile(r"(model\.layers\.(0|[1-9][0-9]{0,8})\.mlp\.experts)(?:\.bas
 _PATTERN = re.compile(r"(?:\^|\.\*\\?\.)?((?:[A-Za-z0-9_]|\\?\.)+)\$?")  # names, no more of expressions
 _IS_LOST = re.compile(r"\.mlp\.(shared_experts\.)?(gate|up|down)_proj$")
 _DTYPES = ("F32", "F16", "BF16")
-_MAX_ALPHA = 2.0**64
+_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # others change the model's weights
 
 _REFUSED = (  # keys of what changes the result, and is not done here
     "alora_invocation_tokens",
@@ -78,14 +79,15 @@ def save_peft(folder: str | os.PathLike, lora: Lora, config: ModelConfig, *, bas
       base_model: its name or folder, for PEFT.
 
     Raises:
-      ValueError: if the folder is in use, or a number is not finite.
+      ValueError: if the folder is in use, or for what `lora_forms.check_savable` refuses.
       OSError: if it cannot be written.
     """
-    lora_forms.check_finite(lora)
+    lora_forms.check_savable(lora.adapters, lora.alpha)
     host = {name: Adapter(a=np.asarray(part.a), b=np.asarray(part.b)) for name, part in lora.adapters.items()}
     published = layout.expected_shapes(config, ())
-    modules = {}
-    for name, adapter in lora_forms.fit(host, config, published).items():
+    modules, fitted = {}, lora_forms.fit(host, config, published)
+    lora_forms.check_savable(fitted, lora.alpha)
+    for name, adapter in fitted.items():
         experts = range(len(adapter.a)) if hf_names.is_stack(name) else [None]
         for expert in experts:
             part = adapter if expert is None else Adapter(a=adapter.a[expert], b=adapter.b[expert])
@@ -136,6 +138,7 @@ def load_peft(folder: str | os.PathLike, config: ModelConfig, names: Container[s
                 raise ValueError(f"{name!r} must be adapted as a whole or by experts, it is both.")
             adapters[name] = _stacked(name, experts, shapes[name][0])
         fitted = lora_forms.fit(adapters, config, names)
+        lora_forms.check_finite(fitted)
     except ValueError as error:
         raise GGUFError(f"{file.path}: {error}") from None
     return Lora(adapters=jax.device_put(fitted), alpha=settings.alpha)
@@ -159,7 +162,13 @@ class _Settings:
                 raise GGUFError(
                     f"{path}: key {key!r} must not be set, as it makes more than plain LoRA of it."
                 )
-        self.alpha = _alpha(path, "lora_alpha", values.get("lora_alpha"))
+        initial = values.get("init_lora_weights")
+        if (initial.lower() if isinstance(initial, str) else initial) not in _INITIAL:
+            raise GGUFError(
+                f"{path}: key 'init_lora_weights' must be true, false, {', '.join(_INITIAL[3:])} or null, "
+                f"as all else changes the model's own weights, got {initial!r:.80}."
+            )
+        self.alpha = _alpha(path, "key 'lora_alpha'", values.get("lora_alpha"))
         self._by_root = values.get("use_rslora", False)
         if not isinstance(self._by_root, bool):
             raise GGUFError(f"{path}: key 'use_rslora' must be true or false, got {self._by_root!r:.80}.")
@@ -173,7 +182,7 @@ class _Settings:
                 raise GGUFError(
                     f"{path}: key 'alpha_pattern' must have names of modules, got {pattern!r:.80}."
                 )
-            found = index, _alpha(path, "alpha_pattern", alpha)
+            found = index, _alpha(path, f"pattern {pattern!r:.80} of key 'alpha_pattern'", alpha)
             self._alphas.setdefault(match[1].replace("\\", ""), found)
 
     def factor(self, module: str, rank: int) -> float:
@@ -185,9 +194,9 @@ class _Settings:
         return factor * math.sqrt(rank) if self._by_root else factor
 
 
-def _alpha(path: str, key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < _MAX_ALPHA:
-        raise GGUFError(f"{path}: key {key!r} must be a positive number, got {value!r:.80}.")
+def _alpha(path: str, where: str, value: Any) -> float:
+    if type(value) not in (int, float) or not lora_lib.is_alpha(value):
+        raise GGUFError(f"{path}: {where} must be a number {lora_lib.ALPHAS}, got {value!r:.80}.")
     return float(value)
 
 

@@ -16,7 +16,7 @@ from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from checkpoints_tools.load import Checkpoint
 from mla_jax import quant
 from mla_jax.config import ModelConfig
-from mla_jax.quant import PlanarTensor, QuantizedTensor
+from mla_jax.quant import LoraTensor, PlanarTensor, QuantizedTensor
 
 _PIECE_BYTES = 1 << 22  # of tensors whose bytes must be put together, made one after another
 _PLAIN_TYPES = {"float32": IDS["f32"], "float16": IDS["f16"], "bfloat16": IDS["bf16"]}
@@ -95,6 +95,8 @@ def _tensor(name: str, leaf: jax.Array | QuantizedTensor, info: TensorInfo | Non
     """Describes a parameter as a tensor, in the shape of the file and interleaved if it is so there."""
     if isinstance(leaf, QuantizedTensor):
         ggml_type = quant.FORMATS[leaf.format].ggml_type
+    elif isinstance(leaf, LoraTensor):
+        raise ValueError(f"parameter {name!r} must have no adapter beside it: merge it first (lora.merge).")
     elif isinstance(leaf, PlanarTensor):
         raise ValueError(f"parameter {name!r} must be in blocks, got planes: load it with gpu_kernels=False.")
     elif leaf.dtype.name in _PLAIN_TYPES:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import operator
 import pathlib
 import secrets
@@ -15,7 +14,7 @@ from absl import logging
 
 import checkpoints_tools
 import cpu_kernels
-from checkpoints_tools import hparams, lora_files, names
+from checkpoints_tools import hparams, lora_files, lora_forms, names
 from checkpoints_tools.load import Checkpoint
 from mla_jax import cache as cache_lib
 from mla_jax import chat, sampler, steps, taps, tokenizer
@@ -90,8 +89,8 @@ class Model:
             raise ValueError(f"parallel must be in [1, {MAX_PARALLEL}], got {parallel}.")
         check(config, run.taps)
         if run.taps is not None and run.taps.record:
-            names = ", ".join(run.taps.record)
-            raise ValueError(f"record must be empty for texts, `taps.generate` records, got {names}.")
+            recorded = ", ".join(run.taps.record)
+            raise ValueError(f"record must be empty for texts, `taps.generate` records, got {recorded}.")
         self.params, self.config, self.run = lay_out(params, run), config, run
         self.ctx_size, self.timings = ctx_size, Timings()
         self.tokenizer = _tokenizer(vocabulary, config)
@@ -302,21 +301,29 @@ def adapted(
 
     Args:
       checkpoint: the model.
-      adapters: `Lora`s, GGUF files or folders of PEFT, each alone or in a tuple with what multiplies its
+      adapters: `Lora`s, GGUF files or folders of PEFT, each alone or in a pair with what multiplies its
         updates.
 
     Raises:
-      ValueError: for what is no sound adapter of this model, or a scale that is not finite.
+      ValueError: for one that is not in a list, what is no sound adapter of this model, or a scale that is
+        not finite or makes factors of what is not.
     """
+    if isinstance(adapters, AdapterSource):
+        raise ValueError(f"adapters must be in a list, got {adapters!r:.80} alone.")
     params, at_hand = checkpoint.params, names.flatten(checkpoint.params)
-    for adapter in adapters:
-        source, strength = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-        if not math.isfinite(strength):
-            raise ValueError(f"the scale of an adapter must be finite, got {strength}.")
+    for source, strength in [_pair(adapter) for adapter in adapters]:
         if not isinstance(source, lora_lib.Lora):
             source = lora_files.load_lora(source, checkpoint.config, at_hand)
+        lora_forms.check_strength(source, strength)
         params = lora_lib.attach(params, source, strength)
     return params
+
+
+def _pair(adapter):
+    pair = (adapter, 1.0) if isinstance(adapter, AdapterSource) else adapter
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], AdapterSource):
+        raise ValueError(f"adapters must be files, folders or `Lora`s, or pairs, got {adapter!r:.80}.")
+    return pair
 
 
 def _model(checkpoint, params, expert_reduction, *, ctx_size, **model):

@@ -7,7 +7,6 @@ argument that is differentiated:
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,10 +17,12 @@ import jax.numpy as jnp
 from checkpoints_tools import names
 from mla_jax import quant
 
-# Without the up-projections of latents, which kernels apply in two ways: adapters of these slow decoding down.
+# Without the up-projections of latents, which kernels apply in two ways: adapters of these slow decoding.
 ATTENTION = (r"attn_(q|q_a|q_b|kv_a_mqa|output)\.weight",)
 LINEAR = (*ATTENTION, r"attn_(kv_b|k_b|v_b)\.weight", r"ffn_(gate|up|down|gate_up)(_exps|_shexp)?\.weight")
+ALPHAS = "from 2^-64 to 2^64"
 
+_SMALLEST_ALPHA = 2.0**-64
 _EMBEDDING = "token_embd.weight"
 _PLAIN = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -73,13 +74,13 @@ def init(
         `r"blk\\.[0-3]\\.attn_q\\.weight"` means those of four layers.
 
     Raises:
-      ValueError: for a rank below 1 or above a side of a weight, a scale that is not positive, or a target
-        that is no regular expression, no matrix or not there.
+      ValueError: for a rank below 1 or above a side of a weight, an alpha that is not in `ALPHAS`, or a
+        target that is no regular expression, no matrix or not there.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be positive and finite, got {alpha}.")
+    if not is_alpha(alpha):
+        raise ValueError(f"alpha must be a number {ALPHAS}, got {alpha}.")
     weights, adapters = names.flatten(params), {}
     for target in targets:
         try:
@@ -97,6 +98,11 @@ def init(
         a = jax.random.uniform(own_key, (*lead, rank, size), jnp.float32, -bound, bound)
         adapters[name] = Adapter(a=a, b=jnp.zeros((*lead, out, rank)))
     return Lora(adapters=adapters, alpha=float(alpha))
+
+
+def is_alpha(value: float) -> bool:
+    """Whether a number is in `ALPHAS`: as float32 it stays far from 0 and from infinity."""
+    return _SMALLEST_ALPHA <= value <= 1 / _SMALLEST_ALPHA
 
 
 def attach(params: Mapping[str, Any], lora: Lora, strength: float | jax.Array = 1.0) -> dict:

@@ -17,7 +17,7 @@ import checkpoints_tools
 from checkpoints_tools import buffers, gguf_file, load, names, progress, save
 from checkpoints_tools.ggml_types import IDS
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
-from mla_jax import quant
+from mla_jax import lora, quant
 from mla_jax.nn import transformer
 
 VARIANTS = {
@@ -133,6 +133,10 @@ def test_changed_parameters_are_saved(tmp_path):
     checkpoint.params["output"]["weight"] = checkpoint.params["output"]["weight"].T
     checkpoints_tools.save_gguf(tmp_path / "b.gguf", checkpoint)
     assert gguf_file.open_gguf(tmp_path / "b.gguf").tensors["output.weight"].shape == (64, 320)
+    adapters = lora.init(jax.random.key(0), checkpoint.params, rank=2, alpha=2.0)
+    adapted = dataclasses.replace(checkpoint, params=lora.attach(checkpoint.params, adapters))
+    with pytest.raises(ValueError, match=r"'blk\.0\..*' must have no adapter beside it: merge it first"):
+        checkpoints_tools.save_gguf(tmp_path / "c.gguf", adapted)
     del checkpoint.params["output_norm"]
     with pytest.raises(ValueError, match=r"'output_norm\.weight' of the loaded file must be there"):
         checkpoints_tools.save_gguf(tmp_path / "c.gguf", checkpoint)

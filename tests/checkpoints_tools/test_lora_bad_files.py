@@ -23,6 +23,7 @@ def model(tmp_path_factory):
 
 A, B = o_proj()
 BIG = np.zeros((200, 64), np.float32), np.zeros((64, 200), np.float32)
+HUGE = Adapter(a=np.ones((4, 64), np.float32), b=np.full((320, 4), 1e38, np.float32))
 EXPERT = "model.layers.1.mlp.experts.{}.gate_proj"
 
 
@@ -94,16 +95,27 @@ BAD_SETTINGS = {
     "modules saved": (dict(modules_to_save=["lm_head"]), "'modules_to_save' must not be set"),
     "biases": (dict(bias="lora_only"), "'bias' must be 'none', got 'lora_only'"),
     "activated": (dict(alora_invocation_tokens=[1]), "'alora_invocation_tokens' must not be set"),
-    "no alpha": (dict(lora_alpha=None), "'lora_alpha' must be a positive number, got None"),
-    "alpha a text": (dict(lora_alpha="16"), "'lora_alpha' must be a positive number, got '16'"),
-    "alpha true": (dict(lora_alpha=True), "'lora_alpha' must be a positive number, got True"),
-    "alpha 0": (dict(lora_alpha=0), "'lora_alpha' must be a positive number, got 0"),
-    "alpha NaN": (dict(lora_alpha=float("nan")), "'lora_alpha' must be a positive number, got nan"),
-    "alpha huge": (dict(lora_alpha=10**400), "'lora_alpha' must be a positive number, got 1000"),
+    "no alpha": (dict(lora_alpha=None), "'lora_alpha' must be a number from .*, got None"),
+    "alpha a text": (dict(lora_alpha="16"), "'lora_alpha' must be a number from .*, got '16'"),
+    "alpha true": (dict(lora_alpha=True), "'lora_alpha' must be a number from .*, got True"),
+    "alpha 0": (dict(lora_alpha=0), "'lora_alpha' must be a number from .*, got 0"),
+    "alpha NaN": (dict(lora_alpha=float("nan")), "'lora_alpha' must be a number from .*, got nan"),
+    "alpha huge": (dict(lora_alpha=10**400), "'lora_alpha' must be a number from .*, got 1000"),
+    "alpha tiny": (dict(lora_alpha=1e-300), r"must be a number from 2\^-64 to 2\^64, got 1e-300"),
     "root a number": (dict(use_rslora=1), "'use_rslora' must be true or false, got 1"),
     "pattern a list": (dict(alpha_pattern=[1]), "'alpha_pattern' must be an object"),
     "pattern slow": (dict(alpha_pattern={"(a+)+$": 1}), r"must have names of modules, got '\(a\+\)\+\$'"),
-    "pattern of texts": (dict(alpha_pattern={"o_proj": "1"}), "'alpha_pattern' must be a positive number"),
+    "pattern of texts": (
+        dict(alpha_pattern={"q_proj": 1, "o_proj": "1"}),
+        "pattern 'o_proj' of key 'alpha_pattern' must be a number from .*, got '1'",
+    ),
+    "PiSSA": (
+        dict(init_lora_weights="pissa_niter_4"),
+        "must be true, .* or null, .* got 'pissa_niter_4'",
+    ),
+    "OLoRA": (dict(init_lora_weights="olora"), "as all else changes the model's own weights, got 'olora'"),
+    "LoftQ": (dict(init_lora_weights="loftq"), "as all else changes the model's own weights, got 'loftq'"),
+    "CorDA": (dict(init_lora_weights="corda"), "as all else changes the model's own weights, got 'corda'"),
 }
 
 
@@ -114,6 +126,21 @@ def test_bad_settings_are_refused(model, case, tmp_path):
     with pytest.raises(GGUFError, match=words) as caught:
         load(folder, model)
     check_sentence(caught.value, folder / "adapter_config.json")
+
+
+@pytest.mark.parametrize("initial", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
+def test_adapters_of_unchanged_models_are_read_however_they_began(model, initial, tmp_path):
+    folder = write_folder(tmp_path / "folder", factors(O_PROJ, A, B), init_lora_weights=initial)
+    assert len(load(folder, model).adapters) == 1
+
+
+def test_factors_that_their_scale_makes_infinite_are_refused(model, tmp_path):
+    settings = dict(lora_alpha=2.0**-60, alpha_pattern={"o_proj": 2.0**60})
+    folder = write_folder(tmp_path / "folder", factors(O_PROJ, A, 1e10 * B), **settings)
+    write_file(tmp_path / "a.gguf", {"output.weight": HUGE}, {"adapter.lora.alpha": 0.0})
+    for path, name in ((folder, "blk.0.attn_output.weight"), (tmp_path / "a.gguf", "output.weight")):
+        with pytest.raises(GGUFError, match=rf"the adapter of '{re.escape(name)}' must be finite"):
+            load(path, model)
 
 
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
@@ -138,9 +165,10 @@ BAD_FILES = {
     "a control vector": (GOOD, {"adapter.type": "cvec"}, "'adapter.type' .* must be 'lora', got 'cvec'"),
     "another architecture": (GOOD, {"general.architecture": "llama"}, "must be 'deepseek2', got 'llama'"),
     "activated": (GOOD, {"adapter.alora.invocation_tokens": [1, 2]}, "adapters act on all tokens here"),
-    "alpha a text": (GOOD, {"adapter.lora.alpha": "6"}, "must be a finite float that is not negative"),
-    "alpha NaN": (GOOD, {"adapter.lora.alpha": float("nan")}, "must be a finite float .*, got nan"),
-    "alpha negative": (GOOD, {"adapter.lora.alpha": -1.0}, "must be a finite float .*, got -1"),
+    "alpha a text": (GOOD, {"adapter.lora.alpha": "6"}, "must be 0 or a float from 2.-64 to 2.64, got"),
+    "alpha NaN": (GOOD, {"adapter.lora.alpha": float("nan")}, "must be 0 or a float .*, got nan"),
+    "alpha negative": (GOOD, {"adapter.lora.alpha": -1.0}, "must be 0 or a float .*, got -1"),
+    "alpha huge": (GOOD, {"adapter.lora.alpha": 3e38}, "must be 0 or a float .*, got 3"),
     "no tensors": ({}, {}, "must hold the tensors of an adapter"),
     "no such tensor": ({"blk.9.attn_output.weight": Adapter(a=A, b=B)}, {}, "must be a matrix that"),
     "an embedding": (

@@ -314,6 +314,56 @@ def test_what_is_not_finite_is_not_saved(model, path, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+NAME = "blk.0.attn_output.weight"  # [64, 64]
+ONES = {NAME: Adapter(a=np.ones((4, 64), np.float32), b=np.ones((64, 4), np.float32))}
+HUGE = {NAME: Adapter(a=np.ones((1, 64), np.float32), b=np.full((64, 1), 3e38, np.float32))}
+GATE_UP = "blk.1.ffn_gate_up_exps.weight"  # [4, 64, 64], of gate and up [4, 32, 64]
+
+
+@each_format
+@pytest.mark.parametrize(
+    "adapters, alpha, words",
+    [
+        ({}, 1.0, "an adapter must be of at least one weight, got none"),
+        (ONES, -1.0, r"alpha must be a number from 2\^-64 to 2\^64, got -1"),
+        (ONES, 0.0, r"alpha must be a number from .*, got 0\.0"),
+        (ONES, 1e-30, r"alpha must be a number from .*, got 1e-30"),
+        (ONES, float("nan"), r"alpha must be a number from .*, got nan"),
+        ({NAME: Adapter(a=np.ones((129, 64)), b=np.ones((64, 129)))}, 1.0, r"in \[1, 128\], got 129"),
+        ({NAME: Adapter(a=np.ones((0, 64)), b=np.ones((64, 0)))}, 1.0, r"in \[1, 128\], got 0"),
+    ],
+    ids=["no adapters", "negative", "zero", "tiny", "NaN", "large rank", "rank 0"],
+)
+def test_what_could_not_be_loaded_is_not_saved(model, path, adapters, alpha, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        lora_files.save_lora(tmp_path / path, Lora(adapters=adapters, alpha=alpha), model.config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_change_of_form_that_nothing_could_load_is_not_saved(model, tmp_path):
+    """Ranks filled up to eights are scaled by as much; gate and up apart have smaller ranks than together."""
+    with pytest.raises(ValueError, match=f"the adapter of '{NAME}' must be finite"):
+        lora_files.save_lora(tmp_path / "a.gguf", Lora(adapters=HUGE, alpha=1.0), model.config)
+    both = Adapter(a=np.ones((4, 120, 64), np.float32), b=np.ones((4, 64, 120), np.float32))
+    with pytest.raises(ValueError, match=r"'blk\.1\.ffn_gate_exps\.weight' must be in \[1, 96\], got 120"):
+        lora_files.save_lora(tmp_path / "folder", Lora(adapters={GATE_UP: both}, alpha=1.0), model.config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@each_format
+def test_the_largest_ranks_come_back(model, path, tmp_path):
+    """Of a matrix [60, 64], for which a file has rank 128 where 124 was saved."""
+    write_deepseek2(tmp_path / "odd.gguf", layers=1, sizes={"ff": 60})
+    odd = checkpoints_tools.load_gguf(tmp_path / "odd.gguf")
+    shape = names.flatten(odd.params)["blk.0.ffn_up.weight"].shape
+    assert shape == (60, 64)
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(s, np.float32) for s in ((sum(shape), shape[1]), (shape[0], sum(shape))))
+    lora = Lora(adapters={"blk.0.ffn_up.weight": Adapter(a=a, b=b)}, alpha=2.0)
+    found = update(back(tmp_path / path, lora, odd), "blk.0.ffn_up.weight")
+    np.testing.assert_allclose(found, update(lora, "blk.0.ffn_up.weight"), atol=1e-4)
+
+
 def test_a_folder_is_there_whole_or_not_at_all(model, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")

@@ -172,6 +172,12 @@ def test_a_file_may_be_merged_into_itself(adapter, tmp_path):
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
 
 
+@pytest.mark.parametrize("scale", [math.inf, 1e300, -1e39])
+def test_a_scale_beyond_float32_is_refused(model, adapter, scale):
+    with pytest.raises(ValueError, match=r"the scale of an adapter must .*finite, got "):
+        lora_merge.plan(model.path, [(adapter[0], scale)])
+
+
 def test_without_adapters_there_is_nothing_to_merge(model):
     with pytest.raises(ValueError, match="adapters must be at least one, got none"):
         lora_merge.plan(model.path, [])

@@ -1,5 +1,7 @@
 """Adapters on the command line: put beside weights by every command that runs a model, and merged."""
 
+import pathlib
+
 import numpy as np
 import pytest
 from adapters import random_lora
@@ -9,8 +11,8 @@ import checkpoints_tools
 import mla_jax
 from checkpoints_tools import lora_files, names
 from checkpoints_tools.gguf_file import open_gguf
+from mla_jax import generate, steps
 from mla_jax import lora as lora_lib
-from mla_jax import steps
 from mla_jax.cli import argv, flags, loading, serve_flags
 
 
@@ -75,6 +77,11 @@ def test_an_adapter_times_nothing_changes_nothing(run, folder, texts):
         (
             "--lora-scaled {0}/lora nan",
             "--lora-scaled must be a file and a finite number, got '{0}/lora' 'nan'.",
+        ),
+        (
+            "--lora-scaled {0}/lora 1e300",
+            "the scale of an adapter must leave its factors finite, got 1e+300 for "
+            "'blk.0.attn_kv_a_mqa.weight'.",
         ),
         ("--lora-scaled {0}/lora", "--lora-scaled must be followed by two values."),
         ("--lora", "--lora must be followed by a value."),
@@ -168,5 +175,24 @@ def test_a_model_takes_adapters_as_values_and_scales(folder):
     assert found.a.shape[0] == 12
     np.testing.assert_array_equal(found.a[:4], once.a)
     np.testing.assert_array_equal(found.b[:, :4], once.b)
+    in_list = mla_jax.load(folder / "model.gguf", compilation_cache=None, lora=[[lora, 0.5]])
+    pair = names.flatten(in_list.params)["blk.0.attn_output.weight"]
+    np.testing.assert_array_equal(pair.b, once.b)
     with pytest.raises(ValueError, match="the scale of an adapter must be finite, got inf"):
         mla_jax.load(folder / "model.gguf", compilation_cache=None, lora=[(lora, float("inf"))])
+
+
+@pytest.mark.parametrize(
+    "adapters, message",
+    [
+        ("abc.gguf", "adapters must be in a list, got 'abc.gguf' alone"),
+        (pathlib.Path("abc.gguf"), r"adapters must be in a list, got .*Path\('abc.gguf'\) alone"),
+        (("abc.gguf", 0.5), "must be files, folders or `Lora`s, or pairs, got 0.5"),
+        ([("abc.gguf", 0.5, 1)], r"or pairs, got \('abc.gguf', 0.5, 1\)"),
+        ([(0.5, "abc.gguf")], r"or pairs, got \(0.5, 'abc.gguf'\)"),
+    ],
+    ids=["text", "path", "pair alone", "three", "turned round"],
+)
+def test_adapters_in_another_form_are_refused(folder, adapters, message):
+    with pytest.raises(ValueError, match=message):
+        generate.adapted(checkpoints_tools.load_gguf(folder / "model.gguf"), adapters)
