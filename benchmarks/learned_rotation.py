@@ -2,9 +2,9 @@
 
     python benchmarks/learned_rotation.py
 
-Learns a rotation per layer of the packaged model on a part of its training texts, folds them into the weights,
-and measures the KL to a float32 cache on held-out texts, in float32 products. Prints a table, and as its last
-line one JSON object.
+Learns a rotation per layer of the packaged model on a part of its training texts, folds them into its
+weights, and measures the KL to a float32 cache on held-out texts, in float32 products. Prints a table, and as
+its last line one JSON object.
 """
 
 import json
