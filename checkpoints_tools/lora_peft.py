@@ -101,7 +101,8 @@ def save_peft(folder: str | os.PathLike, lora: Lora, config: ModelConfig, *, bas
             "%s: PEFT with transformers 5 leaves adapters of dense FFNs and shared experts out.", folder
         )
     with folders.creating(folder) as temporary:
-        safetensors.numpy.save_file(tensors, os.path.join(temporary, TENSORS_NAME), {"format": "pt"})
+        with open(os.path.join(temporary, TENSORS_NAME), "wb") as file:  # else only its owner may read it
+            file.write(safetensors.numpy.save(tensors, {"format": "pt"}))
         with open(os.path.join(temporary, CONFIG_NAME), "w", encoding="utf-8") as out:
             json.dump(_config(modules, lora.alpha, published, base_model), out, indent=2)
 

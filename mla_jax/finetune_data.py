@@ -37,6 +37,8 @@ def read_stream(path: str | os.PathLike, tokenizer: Tokenizer, template: str | N
         text = pathlib.Path(path).read_bytes().decode()  # line ends as they are
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be text in UTF-8, but byte {error.start} is none.") from None
+    if not text.strip():
+        raise ValueError(f"{path} must hold something to learn, got an empty file.")
     is_lines = os.fspath(path).endswith(".jsonl")
     examples = _examples(path, text, tokenizer, template) if is_lines else [([], _encode(text, tokenizer))]
     tokens, counts, vocabulary = [], [], tokenizer.vocabulary
@@ -68,6 +70,9 @@ def _examples(path, text, tokenizer, template) -> Iterator[Example]:
             continue
         try:
             yield _example(json.loads(line), tokenizer, template)
+        except json.JSONDecodeError as error:
+            where = f"{path}, line {number}, column {error.colno}"
+            raise ValueError(f"{where}: must be JSON: {error.msg}.") from None
         except RecursionError:
             raise ValueError(f"{path}, line {number}: must be {_SHAPES}, got JSON too deep.") from None
         except ValueError as error:

@@ -190,20 +190,23 @@ def run_steps(
         if manager.latest_step() is not None:
             report(f"resuming from step {manager.latest_step()} in {manager.directory}")
             state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
-        losses, began, done, seen = [], time.perf_counter(), int(state.step), 0
+        losses, done, seen = [], int(state.step), 0
         for step in range(done, train.steps):
             batch = draw(step)
             state, loss = take(state, batch)
-            tokens = jax.tree.leaves(batch)[0]
-            seen += tokens.size - len(tokens)
             losses.append(float(loss))
+            tokens = jax.tree.leaves(batch)[0]
+            if step == done:
+                began = time.perf_counter()  # when all is compiled
+            else:
+                seen += tokens.size - len(tokens)
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"loss must be finite, got {losses[-1]} at step {step}.")
             last = step + 1 == train.steps
             manager.save(step + 1, args=ocp.args.StandardSave(state), force=last)
             if (step + 1) % 10 == 0 or last:
-                seconds = time.perf_counter() - began
-                left = (train.steps - step - 1) * seconds / (step + 1 - done)
+                seconds = max(time.perf_counter() - began, 1e-9)
+                left = (train.steps - step - 1) * seconds / max(step - done, 1)
                 mean = float(np.mean(losses[-10:]))
                 done_of = f"step {step + 1}/{train.steps}"
                 report(f"{done_of}  loss {mean:.3f}  {seen / seconds:.0f} tokens/s  {left / 60:.0f} min left")
@@ -226,10 +229,13 @@ def _check_same(folder, about):
     flat = lambda tree: {name(path): value for path, value in jax.tree_util.tree_leaves_with_path(tree)}
     if before != about:
         ours, theirs = flat(about), flat(before)
-        changed = next((key for key in ours if ours[key] != theirs.get(key)), "it")
+        told = lambda key: (
+            f"{key.removeprefix('plan.')} was {theirs.get(key)!r:.40} and is {ours.get(key)!r:.40}"
+        )
+        changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+        differences = ", ".join(map(told, changed))
         raise ValueError(
-            f"{folder} must be empty or hold checkpoints of this very run, but {changed} was "
-            f"{str(theirs.get(changed))[:80]!r} and is {str(ours.get(changed))[:80]!r}; give another folder."
+            f"{folder} must be empty or hold checkpoints of this very run, but {differences}: give another."
         )
 
 

@@ -85,9 +85,9 @@ def test_resumed_run_is_the_unbroken_one(model, unbroken, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(alpha=5.0), r"plan\.alpha was '4\.0' and is '5\.0'"),
-        (dict(rank=3), r"plan\.rank was '2' and is '3'"),
-        (dict(targets=(r"attn_q_a\.",)), r"plan\.targets\.0 was"),
+        (dict(alpha=5.0), r"alpha was 4\.0 and is 5\.0"),
+        (dict(rank=3), r"rank was 2 and is 3"),
+        (dict(targets=(r"attn_q_a\.",)), r"targets\.0 was .* targets\.1 was"),
     ],
     ids=["alpha", "rank", "targets"],
 )
@@ -210,8 +210,14 @@ def test_a_long_text_is_read_whole(words, tmp_path):
 def test_bad_lines_are_named(words, tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "fine"}\n' + line)
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: "):
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2[:,] "):
         finetune_data.read_stream(path, words)
+
+
+def test_an_empty_file_is_refused(words, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty\.txt must hold something to learn, got an empty file"):
+        finetune_data.read_stream(tmp_path / "empty.txt", words)
 
 
 def test_command_writes_an_adapter(tmp_path, monkeypatch, capsys):

@@ -34,8 +34,7 @@ def finetune(values):
     loading.choose_device(values)
     model = checkpoints_tools.load_gguf(values.model)
     read = [values.text, values.held_out, *{info.path for info in model.file_tensors.values()}]
-    if out.is_file() and any(path is not None and out.samefile(path) for path in read):
-        raise UsageError(f"--out must not be a file that is read, got {values.out!r}.")
+    paths.check_not_read("--out", out, read)
     words = tokenizer.Tokenizer(tokenizer.Vocabulary.from_metadata(model.metadata))
     stream = finetune_data.read_stream(values.text, words)
     held_out = finetune_data.read_stream(values.held_out, words) if values.held_out is not None else None

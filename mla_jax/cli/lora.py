@@ -18,6 +18,7 @@ def export_lora(values):
     out, adapters = paths.output_file("--out", values.out), loading.adapters(values)
     if not adapters:
         raise UsageError("--lora must be given, or --lora-scaled: there would be nothing to merge.")
+    paths.check_not_read("--out", out, [path for path, _ in adapters])
     if values.dry_run:
         _write(lora_merge.plan(values.model, adapters, type=values.type).table())
         return

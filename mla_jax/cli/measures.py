@@ -29,6 +29,9 @@ def measure_perplexity(values):
     """Prints the perplexity of a text window by window, or how far a model is from a base."""
     _check_base_flags(values)
     _check_out(values.out)
+    if values.kl_divergence_base is not None and not values.kl_divergence:
+        read = [values.model, values.file, values.ser_layers, *(path for path, _ in loading.adapters(values))]
+        paths.check_not_read("--kl-divergence-base", values.kl_divergence_base, read)
     text = None if values.file is None else _read(values.file)
     saved = SavedLogits.open(values.kl_divergence_base) if _reads_base(values) else None
     if saved is not None:
