@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import sysconfig
 
@@ -32,6 +33,19 @@ class Corpus:
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Returns a text file as it is, line ends included.
+
+    Raises:
+      ValueError: if it is no UTF-8.
+      OSError: if it cannot be read.
+    """
+    try:
+        return pathlib.Path(path).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8, but byte {error.start} is none.") from None
 
 
 def standard_library(root: pathlib.Path | None = None) -> Corpus:

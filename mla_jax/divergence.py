@@ -217,17 +217,17 @@ def save_base(
       OSError: if the file cannot be written.
     """
     states = perplexity.hidden_states(network, windows, batch=batch, ubatch=ubatch)
-    found, size, vocab_size = [], windows.shape[1], network.config.vocab_size
     settings = dict(config=network.config, run=network.run)
-    with saved_logits.writing(path, windows, vocab_size) as write:
+
+    def written():
         for (x, place), ids in zip(states, perplexity.following(windows), strict=True):
             nats, *rows = jax.device_get(_encode(network.params, x, place, ids, **settings))
-            perplexity.check_finite(nats, len(found))
+            yield nats
             write(*rows)
-            found.append(nats)
-            if report is not None:
-                report(Perplexity(window=size, nats=np.stack(found)))
-    return Perplexity(window=size, nats=np.stack(found))
+
+    with saved_logits.writing(path, windows, network.config.vocab_size) as write:
+        join = lambda found: Perplexity(window=windows.shape[1], nats=np.stack(found))
+        return perplexity.collect(written(), join, report)
 
 
 def _check_vocabularies(name, vocab_size, network):
@@ -240,20 +240,12 @@ def _check_vocabularies(name, vocab_size, network):
 
 def _collect(scores, window, report):
     """Returns what the scores of windows come to: (nats, base_nats, kl, same_top) of each."""
-    found = []
 
-    def so_far():
+    def join(found):
         fields = zip(_FIELDS, zip(*found, strict=True), strict=True)
         return Divergence(window=window, **{name: np.stack(values) for name, values in fields})
 
-    for score in scores:
-        score = jax.device_get(score)
-        for values in score:
-            perplexity.check_finite(values, len(found))
-        found.append(score)
-        if report is not None:
-            report(so_far())
-    return so_far()
+    return perplexity.collect(scores, join, report)
 
 
 def _scores(base, is_told, logits, ids):

@@ -66,10 +66,7 @@ class Stream:
 
 def make_optimizer(plan: FinetuneConfig) -> optax.GradientTransformation:
     """Returns Adam with clipping, warm-up and cosine decay to a tenth."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, plan.learning_rate, plan.warmup_steps, plan.steps, 0.1 * plan.learning_rate
-    )
-    return optax.chain(optax.clip_by_global_norm(plan.clip_norm), optax.adam(schedule))
+    return optax.chain(optax.clip_by_global_norm(plan.clip_norm), optax.adam(train_lib.schedule(plan)))
 
 
 def first_state(lora: lora_lib.Lora, plan: FinetuneConfig) -> train_lib.TrainState:

@@ -2,13 +2,12 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from mla_jax import chat
+from mla_jax import chat, corpus
 from mla_jax.finetune import Stream
 from mla_jax.tokenizer import Tokenizer
 
@@ -33,10 +32,7 @@ def read_stream(path: str | os.PathLike, tokenizer: Tokenizer, template: str | N
       ValueError: if the file is no UTF-8 or a line is none of these.
       OSError: if the file cannot be read.
     """
-    try:
-        text = pathlib.Path(path).read_bytes().decode()  # line ends as they are
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8, but byte {error.start} is none.") from None
+    text = corpus.read_text(path)
     if not text.strip():
         raise ValueError(f"{path} must hold something to learn, got an empty file.")
     is_lines = os.fspath(path).endswith(".jsonl")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -175,16 +175,33 @@ def measure(
     Raises:
       ValueError: as `hidden_states`, or for logits that are not finite.
     """
-    found = []
     settings = dict(config=network.config, run=network.run)
     states = hidden_states(network, windows, batch=batch, ubatch=ubatch)
-    for (x, place), ids in zip(states, following(windows), strict=True):
-        nats = np.asarray(_nats(network.params, x, place, ids, **settings))
-        check_finite(nats, len(found))
-        found.append(nats)
+    parts = zip(states, following(windows), strict=True)
+    nats = (_nats(network.params, x, place, ids, **settings) for (x, place), ids in parts)
+    return collect(nats, lambda found: Perplexity(window=windows.shape[1], nats=np.stack(found)), report)
+
+
+def collect(scores: Iterable[Any], join: Callable[[list], Any], report: Callable[[Any], None] | None):
+    """Returns what the scores of windows come to.
+
+    Args:
+      scores: of each window an array, or a tuple of arrays.
+      join: from the scores of some windows to what they come to.
+      report: called after each window with what all so far come to.
+
+    Raises:
+      ValueError: for scores that are not finite.
+    """
+    found = []
+    for score in scores:
+        score = jax.device_get(score)
+        if not all(np.isfinite(values).all() for values in jax.tree.leaves(score)):
+            raise ValueError(f"logits must be finite, but those of window {len(found) + 1} are not.")
+        found.append(score)
         if report is not None:
-            report(Perplexity(window=windows.shape[1], nats=np.stack(found)))
-    return Perplexity(window=windows.shape[1], nats=np.stack(found))
+            report(join(found))
+    return join(found)
 
 
 def following(windows: np.ndarray) -> np.ndarray:
@@ -276,12 +293,6 @@ def in_pieces(score: Callable, *arrays: jax.Array, vocab_size: int):
 
     found = jax.lax.map(lambda rows: score(*rows), tuple(map(split, arrays)))
     return jax.tree.map(lambda part: part.reshape(count * size, *part.shape[2:])[:num_rows], found)
-
-
-def check_finite(values: np.ndarray, index: int) -> None:
-    """Refuses the scores of window `index` if a logit was infinite or NaN."""
-    if not np.isfinite(values).all():
-        raise ValueError(f"logits must be finite, but those of window {index + 1} are not.")
 
 
 def _exp(nats):

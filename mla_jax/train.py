@@ -57,15 +57,18 @@ class TrainState:
     step: jax.Array
 
 
+def schedule(plan) -> optax.Schedule:
+    """Returns warm-up and cosine decay to a tenth, by the steps and the peak learning rate of a plan."""
+    peak = plan.learning_rate
+    return optax.warmup_cosine_decay_schedule(0.0, peak, plan.warmup_steps, plan.steps, 0.1 * peak)
+
+
 def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
     """Returns AdamW with clipping, warm-up and cosine decay to a tenth; matrices alone are decayed."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, train.learning_rate, train.warmup_steps, train.steps, 0.1 * train.learning_rate
-    )
     is_matrix = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
     return optax.chain(
         optax.clip_by_global_norm(train.clip_norm),
-        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=train.weight_decay, mask=is_matrix),
+        optax.adamw(schedule(train), b1=0.9, b2=0.95, weight_decay=train.weight_decay, mask=is_matrix),
     )
 
 

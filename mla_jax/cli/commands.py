@@ -24,9 +24,9 @@ def generate(values):
     if prompt_cache and (values.prompt_cache_all or not (values.prompt_cache_ro or held[: len(ids)] == ids)):
         pieces = _keeping(pieces, model, prompt_cache, None if values.prompt_cache_all else len(ids))
     if values.display_prompt:
-        _write(values.prompt)
+        loading.write(values.prompt)
     drawn = _print_stream(pieces)
-    _write("\n")
+    loading.write("\n")
     _report(model, drawn)
     if values.expert_stats:
         routed, _ = model.routing(ids + [piece.token for piece in drawn[:-1]])
@@ -46,7 +46,7 @@ def chat(values):
         messages.append({"role": "system", "content": values.system_prompt})
     while True:
         if sys.stdin.isatty():
-            _write("> ")
+            loading.write("> ")
         line = sys.stdin.readline()
         if not line or line.strip() == "/exit":
             return
@@ -55,7 +55,7 @@ def chat(values):
         messages.append({"role": "user", "content": line.rstrip("\n")})
         pieces = model.stream_generate(model.encode_chat(messages), reuse_prefix=True, **drawing)
         drawn = _print_stream(pieces)
-        _write("\n")
+        loading.write("\n")
         _report(model, drawn)
         messages.append({"role": "assistant", "content": "".join(piece.text for piece in drawn)})
 
@@ -134,7 +134,7 @@ def _print_stream(pieces):
     """Writes a stream as it comes, and returns its pieces."""
     drawn = []
     for piece in pieces:
-        _write(piece.text)
+        loading.write(piece.text)
         drawn.append(piece)
     return drawn
 
@@ -147,8 +147,3 @@ def _report(model, drawn):
         f"{timings.prompt_tokens} prompt tokens{cached}, first token after {timings.prompt_seconds:.2f} s, "
         f"then {timings.decoded_tokens} at {speed:.1f} tokens/s; finished: {drawn[-1].finish_reason}"
     )
-
-
-def _write(text):
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -168,3 +168,9 @@ def sampling_params(values: absl_flags.FlagValues) -> sampler.SamplingParams:
 def tell(text: str) -> None:
     """Writes a line to stderr, where what is no result goes."""
     print(text, file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """Writes to stdout, where results go, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,7 +1,5 @@
 """What `mla-jax export-lora` does with its flags."""
 
-import sys
-
 import jax
 
 from checkpoints_tools import lora_merge
@@ -20,15 +18,10 @@ def export_lora(values):
         raise UsageError("--lora must be given, or --lora-scaled: there would be nothing to merge.")
     paths.check_not_read("--out", out, [path for path, _ in adapters])
     if values.dry_run:
-        _write(lora_merge.plan(values.model, adapters, type=values.type).table())
+        loading.write(lora_merge.plan(values.model, adapters, type=values.type).table() + "\n")
         return
     losses = lora_merge.merge(values.model, out, adapters, type=values.type)
-    _write(lora_merge.table(losses))
+    loading.write(lora_merge.table(losses) + "\n")
     worst = max(losses, key=lambda loss: loss.share)
     loading.tell(f"encoding costs {worst.share:.1%} of the update of {worst.name}, and no other weight more")
     loading.tell(f"wrote {out}")
-
-
-def _write(text):
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()

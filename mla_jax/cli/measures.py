@@ -32,7 +32,7 @@ def measure_perplexity(values):
     if values.kl_divergence_base is not None and not values.kl_divergence:
         read = [values.model, values.file, values.ser_layers, *(path for path, _ in loading.adapters(values))]
         paths.check_not_read("--kl-divergence-base", values.kl_divergence_base, read)
-    text = None if values.file is None else _read(values.file)
+    text = None if values.file is None else corpus.read_text(values.file)
     saved = SavedLogits.open(values.kl_divergence_base) if _reads_base(values) else None
     if saved is not None:
         _take_window(values, saved)
@@ -76,10 +76,10 @@ def sweep_bench(values):
     rows, is_table = [], values.output_format == "table"
     for row in speed.sweep(model, prompt=prompt, predict=predict):
         if is_table and not rows:
-            _write(tables.SWEEP_HEADER + "\n")
+            loading.write(tables.SWEEP_HEADER + "\n")
         rows.append(row)
         line = tables.sweep_line(row) + "\n"
-        _write(line if is_table else tables.json_lines([tables.sweep_record(row, about)]))
+        loading.write(line if is_table else tables.json_lines([tables.sweep_record(row, about)]))
     if values.out is not None:
         records = [tables.sweep_record(row, about | _about(values, model)) for row in rows]
         name = pathlib.Path(values.model).name
@@ -107,7 +107,7 @@ def bench(values):
         "json": lambda: result_files.json_bytes(records).decode(),
         "jsonl": lambda: tables.json_lines(records),
     }
-    _write(printed[values.output]())
+    loading.write(printed[values.output]())
     if values.out is not None:
         files = {f"bench.{kind}": printed[kind]().encode() for kind in ("json", "csv", "md")}
         result_files.write(values.out, files)
@@ -118,14 +118,14 @@ def ser_sweep(values):
     if values.smart_expert_reduction or values.ser_layers:
         raise UsageError("-ser must not be given: ser-sweep tries settings of its own.")
     _check_out(values.out)
-    documents = [_read(values.text)] if values.text else corpus.standard_library().held_out
+    documents = [corpus.read_text(values.text)] if values.text else corpus.standard_library().held_out
     model = loading.load(values)
     tokens = list(itertools.chain.from_iterable(map(model.tokenizer.encode, documents)))[: values.tokens + 1]
     used = model.config.moe.num_experts_per_token if model.config.moe else 1
     rows = sweep_lib.sweep(
         model, tokens, sweep_lib.grid(used), window=values.window, decoded=values.predict, report=loading.tell
     )
-    _write(sweep_lib.table(rows) + "\n")
+    loading.write(sweep_lib.table(rows) + "\n")
     if values.out is not None:
         about = dict(model=pathlib.Path(values.model).name, tokens=len(tokens) - 1, window=values.window)
         about |= dict(cores=values.threads or os.cpu_count(), jax=jax.__version__)
@@ -140,13 +140,15 @@ class _Progress:
 
     def of_perplexity(self, found):
         self._tell_rest(before="\n" if sys.stdout.isatty() else "")
-        _write(f"[{self._num_done}]{found.running[-1]:.4f}," + "\n" * (self._num_done == self._num_windows))
+        loading.write(
+            f"[{self._num_done}]{found.running[-1]:.4f}," + "\n" * (self._num_done == self._num_windows)
+        )
 
     def of_divergence(self, found):
         if self._num_done == 0:
-            _write(tables.DIVERGENCE_HEADER + "\n")
+            loading.write(tables.DIVERGENCE_HEADER + "\n")
         self._tell_rest()
-        _write(tables.divergence_line(found) + "\n")
+        loading.write(tables.divergence_line(found) + "\n")
 
     def _tell_rest(self, before=""):
         """Windows of a batch come together: what the second one takes tells of all that follow."""
@@ -227,10 +229,10 @@ def _tell_perplexity(found, values, model):
     """Prints what was found at the end, and keeps it where `--out` says."""
     is_divergence = isinstance(found, divergence.Divergence)
     if is_divergence:
-        _write(f"\n{tables.divergence_statistics(found)}\n")
+        loading.write(f"\n{tables.divergence_statistics(found)}\n")
         record, rows = tables.divergence_record(found), tables.divergence_rows(found)
     else:
-        _write(tables.final_estimate(found) + "\n")
+        loading.write(tables.final_estimate(found) + "\n")
         record, rows = tables.perplexity_record(found), tables.perplexity_rows(found)
     if values.out is None:
         return
@@ -301,15 +303,3 @@ def _check_out(folder, has_plot=True):
         raise UsageError(f"--out must be a folder that exists, got {folder!r}.")
     if has_plot and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--out needs matplotlib for its plot; install it, or the extra `notebooks`.")
-
-
-def _read(path):
-    try:
-        return pathlib.Path(path).read_bytes().decode("utf-8")  # line ends as they are
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} must be text in UTF-8, but byte {error.start} is none.") from None
-
-
-def _write(text):
-    sys.stdout.write(text)
-    sys.stdout.flush()
