@@ -118,7 +118,7 @@ def merge(
       model: as for `plan`, and so are `adapters` and `type`.
       out: file to write, which may be `model`. One that is there is replaced when the new one is complete,
         and kept as it was if anything fails.
-      progress: called with (tensors done, tensors, bytes read, bytes) after each chunk. None prints one line
+      progress: called with (tensors done, tensors, bytes read, bytes) after each tensor. None prints one line
         to stderr, if that is a terminal or it takes over a second.
 
     Returns:
