@@ -192,6 +192,7 @@ def _if_finite(tokens, logits):
     return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), tokens, NOT_FINITE)
 
 
+init_pool = cache_lib.init_pool
 copy_pages = jax.jit(cache_lib.copy_pages, donate_argnames="cache")
 take_pages = jax.jit(cache_lib.take_pages)
 put_pages = jax.jit(cache_lib.put_pages, donate_argnames="cache")

@@ -69,13 +69,28 @@ class Device:
         max_rows: int,
         eog_ids: Sequence[int],
         page_size: int = cache_lib.PAGE_SIZE,
+        programs=steps,
     ):
+        """Makes a device without rows.
+
+        Args:
+          params: nested dict of weights, as `programs` read them.
+          config: the model.
+          run: how it is run.
+          ctx_size: tokens of the pool, rounded up to pages.
+          ubatch: prompt tokens computed at a time.
+          max_rows: sequences of a batch at most.
+          eog_ids: end-of-generation tokens.
+          page_size: tokens in a page.
+          programs: `mla_jax.steps`, or what has the functions `prefill`, `decode`, `draw`, `init_pool`,
+            `copy_pages`, `take_pages` and `put_pages` with the same arguments and results.
+        """
         self.page_size, self.num_pages = page_size, -(-ctx_size // page_size)
         self.widths = steps.buckets(ubatch)
         self.batches = _batches(min(max_rows, MAX_ROWS))
         self.vocab_size = config.vocab_size
         self._params, self._settings = params, dict(config=config, run=run)
-        self._config, self._run, self._layers = config, run, None
+        self._config, self._run, self._layers, self._steps = config, run, None, programs
         self._eog_ids = np.asarray(sorted(eog_ids) or [-1], np.int32)
         self._samplings = {}
 
@@ -105,7 +120,7 @@ class Device:
         padded = np.zeros((1, width), np.int32)
         padded[0, : len(tokens)] = tokens
         count = np.asarray([len(tokens)], np.int32)
-        cache = steps.prefill(
+        cache = self._steps.prefill(
             self._params,
             padded,
             count,
@@ -119,7 +134,7 @@ class Device:
     def decode(self, rows: Sequence[Row], num_steps: int) -> list[list[int]]:
         """Draws up to `num_steps` tokens for each row, fewer if all have drawn one that ends a text."""
         rows, count = self._padded(rows), len(rows)
-        drawn, taken, _, cache = steps.decode(
+        drawn, taken, _, cache = self._steps.decode(
             self._params,
             *self._inputs(rows),
             np.int32(num_steps),
@@ -135,7 +150,7 @@ class Device:
     def draw(self, rows: Sequence[Row]) -> list[tuple[int, Logprobs | None]]:
         """Draws a token for each row under its bias and mask, with its logprobs where they are wanted."""
         rows, count = self._padded(rows), len(rows)
-        drawn, told, cache = steps.draw(
+        drawn, told, cache = self._steps.draw(
             self._params,
             *self._inputs(rows),
             self._constraints(rows),
@@ -156,11 +171,11 @@ class Device:
             sources, targets = (
                 self._pages(part, MAX_ROWS) for part in zip(*pairs[first : first + MAX_ROWS], strict=True)
             )
-            self._layers = steps.copy_pages(self._cache([0]), sources, targets).layers
+            self._layers = self._steps.copy_pages(self._cache([0]), sources, targets).layers
 
     def take(self, pages: Sequence[int]):
         """Returns the rows of some pages in arrays of the host."""
-        layers = jax.device_get(steps.take_pages(self._cache([0]), self._pages(pages, self.num_pages)))
+        layers = jax.device_get(self._steps.take_pages(self._cache([0]), self._pages(pages, self.num_pages)))
         return jax.tree.map(lambda part: part[: len(pages)].copy(), layers)
 
     def put(self, pages: Sequence[int], layers) -> None:
@@ -172,7 +187,7 @@ class Device:
             return whole
 
         pages, layers = self._pages(pages, self.num_pages), jax.tree.map(padded, layers)
-        self._layers = steps.put_pages(self._cache([0]), pages, layers).layers
+        self._layers = self._steps.put_pages(self._cache([0]), pages, layers).layers
 
     def save(self, path, tokens: Sequence[int], layers, expert_reduction: str) -> int:
         """Writes rows that `take` returned and their tokens, see `cache.save`, and returns the bytes."""
@@ -219,7 +234,7 @@ class Device:
 
     def _init(self):
         sizes = dict(num_pages=self.num_pages, page_size=self.page_size)
-        return cache_lib.init_pool(self._config, self._run, batch=1, **sizes)
+        return self._steps.init_pool(self._config, self._run, batch=1, **sizes)
 
     def _cache(self, lengths):
         if self._layers is None:
