@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.config import ModelConfig
@@ -77,11 +76,14 @@ def per_layer(
 
 @functools.lru_cache(maxsize=64)  # it is asked for at every token
 def arrays(*rows: tuple[Setting, ...]) -> ExpertReduction:
-    """Returns settings by layer of some sequences, [L, B] whatever they are: one compilation serves all."""
+    """Returns settings by layer of some sequences, [L, B] whatever they are: one compilation serves all.
+
+    They are in NumPy arrays, which nothing is compiled for.
+    """
     pairs = np.asarray(rows, np.float64).transpose(2, 1, 0)
-    return ExpertReduction(
-        minimum=jnp.asarray(pairs[0].astype(np.int32)), threshold=jnp.asarray(pairs[1].astype(np.float32))
-    )
+    minimum, threshold = pairs[0].astype(np.int32), pairs[1].astype(np.float32)
+    minimum.flags.writeable = threshold.flags.writeable = False
+    return ExpertReduction(minimum=minimum, threshold=threshold)
 
 
 def experts_per_token(config: ModelConfig, settings: Sequence[Setting]) -> tuple[float, float] | None:

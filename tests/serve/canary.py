@@ -251,11 +251,6 @@ def check_pages(scheduler) -> None:
     assert [owners[page] for page in range(table.num_pages)] == table._owners
     free = table._free
     assert len(set(free)) == len(free) and set(free) == set(range(table.num_pages)) - set(owners)
-    full = {page for name in names for page in table.pages(name)[: table.length(name) // table.page_size]}
-    shared = {page for page, count in owners.items() if count > 1}
-    partial_of = lambda name: table.pages(name)[table.length(name) // table.page_size :]
-    partial = [page for name in names for page in partial_of(name)]
-    assert shared <= full | set(scheduler.prefix._pages.values()) and len(set(partial)) == len(partial)
 
 
 def _drawn(chain, seed, position, vocab_size, bias, allowed=None):
