@@ -10,6 +10,7 @@ from checkpoints_tools.gguf_file import GGUFError, open_gguf
 from checkpoints_tools.gguf_writer import TensorData, write_gguf
 from checkpoints_tools.inspect import describe
 from checkpoints_tools.load import Checkpoint, load_gguf
+from checkpoints_tools.load_mesh import load_on_mesh
 from checkpoints_tools.plan import plan
 from checkpoints_tools.save import export_gguf, save_gguf
 
@@ -20,6 +21,7 @@ __all__ = [
     "describe",
     "export_gguf",
     "load_gguf",
+    "load_on_mesh",
     "open_gguf",
     "plan",
     "save_gguf",

@@ -132,6 +132,18 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of what devices may share out among them: of the whole network, or of one device's part."""
+
+    num_heads: int
+    dense_hidden_dim: int
+    num_experts: int
+    expert_hidden_dim: int
+    shared_hidden_dim: int
+    vocab_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Every size and constant of a deepseek2 model, and nothing about how it runs."""
 
@@ -158,6 +170,19 @@ class ModelConfig:
             raise ValueError("moe must be given when some layers are not dense, got None.")
         if not _MIN_EPSILON <= self.norm_epsilon < 1:
             raise ValueError(f"norm_epsilon must be in [{_MIN_EPSILON:g}, 1), got {self.norm_epsilon}.")
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes of the whole network."""
+        moe = self.moe
+        return Sizes(
+            num_heads=self.mla.num_heads,
+            dense_hidden_dim=self.dense_hidden_dim,
+            num_experts=moe.num_experts if moe else 0,
+            expert_hidden_dim=moe.expert_hidden_dim if moe else 0,
+            shared_hidden_dim=moe.expert_hidden_dim * moe.num_shared_experts if moe else 0,
+            vocab_size=self.vocab_size,
+        )
 
     def is_dense(self, layer: int) -> bool:
         """Whether the FFN of `layer` is one wide FFN and not a mixture of experts."""
@@ -203,6 +228,35 @@ class Taps:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """What one device of a mesh has of a model; `mla_jax.sharding` says which axis shares out what.
+
+    Attributes:
+      data: devices along the axis of that name, each with sequences of its own.
+      expert: devices among which experts, heads and the like are shared out.
+      model: devices among which each expert is cut, heads and the like are shared out.
+      splits_cache: whether each page of a latent cache is cut among the devices of its sequences.
+      sizes: of one device's part, padding included.
+    """
+
+    data: int = 1
+    expert: int = 1
+    model: int = 1
+    splits_cache: bool = False
+    sizes: Sizes
+
+    @property
+    def group_size(self) -> int:
+        """Devices that work on the same sequences."""
+        return self.expert * self.model
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh."""
+        return self.data * self.group_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """How a model is run: speed and memory, and results only by rounding, `group_routing` apart."""
 
@@ -216,6 +270,7 @@ class RunConfig:
     gpu_kernels: bool | None = None  # whether to trace them, which takes time; None: if JAX's device is a GPU
     taps: Taps | None = None  # values to record and edits; without any, None costs nothing
     remat: bool = False  # under grad compute each layer again in the backward pass, to hold one at a time
+    shard: Shard | None = None  # this device's part of the model; None: all of it
 
     def __post_init__(self):
         if self.mla not in list(MLAMode):
@@ -235,6 +290,14 @@ class RunConfig:
         if self.hadamard_size not in (None, *HADAMARD_SIZES):
             sizes = ", ".join(map(str, HADAMARD_SIZES))
             raise ValueError(f"hadamard_size must be one of {sizes}, or None, got {self.hadamard_size!r}.")
+        if self.shard is not None and self.taps is not None:
+            raise ValueError("taps must be None on a mesh of devices, got some.")
+        if self.shard is not None and self.shard.splits_cache and self.mla == MLAMode.EXPANDED:
+            raise ValueError("a cache that devices split must hold latents, so mla must not be 0.")
+
+    def sizes(self, config: ModelConfig) -> Sizes:
+        """Returns the sizes of this device's part of the network."""
+        return config.sizes if self.shard is None else self.shard.sizes
 
     @property
     def rope_type(self) -> str:

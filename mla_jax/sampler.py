@@ -205,7 +205,9 @@ def _draw_ranked(logits, uniform, rows, is_needed):
 
     def draw_from(count):
         # Without the barrier XLA merges later slices into the top-k, and then sorts the whole vocabulary.
-        values, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, count))
+        values, ids = jax.lax.top_k(logits, count)
+        # In this order: on a mesh XLA would take the pair in the other one for the top-k itself, and abort.
+        ids, values = jax.lax.optimization_barrier((ids, values))
         rank = _draw_sorted(values, limit, total, uniform, rows)
         return values, jnp.take_along_axis(ids, rank, axis=-1)
 

@@ -15,10 +15,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from mla_jax import cache as cache_lib
 from mla_jax import logits as logits_lib
-from mla_jax import sampler
+from mla_jax import sampler, sharding
 from mla_jax.cache import Cache
 from mla_jax.config import ModelConfig, RunConfig
-from mla_jax.nn import taps
+from mla_jax.nn import collectives, taps
 from mla_jax.nn.moe import ExpertReduction
 from mla_jax.nn.transformer import Transformer
 
@@ -67,8 +67,12 @@ def prefill(
 
     `pages` and `reduction` as in `decode`.
     """
-    inputs = tokens, cache, num_tokens, pages, reduction
-    return Transformer(config, run).apply({"params": params}, *inputs, method=Transformer.hidden)[1]
+
+    def append(params, *inputs):
+        return Transformer(config, run).apply({"params": params}, *inputs, method=Transformer.hidden)[1]
+
+    args = params, tokens, cache, num_tokens, pages, reduction
+    return sharding.run_on_mesh(append, run, args, sharding.cache_specs(run))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run"), donate_argnames="cache")
@@ -135,11 +139,22 @@ def decode(
       tokens drawn i32[B, MAX_STEPS], -1 after the last step, `NOT_FINITE` of a row whose logits were not; the
       steps taken, i32; `recent` and the cache with all tokens but those that the last step drew.
     """
-    transformer = Transformer(config, run)
+    loop = functools.partial(_decode, transformer=Transformer(config, run))
+    args = params, tokens, recent, cache, sampling, pages, reduction
+    rows = sharding.PER_SEQUENCE
+    out_specs = rows, sharding.SAME, rows, sharding.cache_specs(run)
+    return sharding.run_on_mesh(loop, run, args, out_specs, same=(num_steps, eog_ids))
+
+
+def _decode(
+    params, tokens, recent, cache, sampling, pages, reduction, num_steps, eog_ids, *, transformer: Transformer
+):
+    shard = transformer.run.shard
 
     def goes_on(carry):
         step, has_ended = carry[0], carry[1]
-        return (step < jnp.minimum(num_steps, MAX_STEPS)) & ~jnp.all(has_ended)
+        is_over = collectives.all_over_data(jnp.all(has_ended), shard)
+        return (step < jnp.minimum(num_steps, MAX_STEPS)) & ~is_over
 
     def take(carry):
         step, has_ended, tokens, drawn, recent, cache = carry
@@ -149,7 +164,7 @@ def decode(
         inputs = tokens[:, None], cache, None, pages, reduction
         logits, cache = transformer.apply({"params": weights}, *inputs)
         tokens = sampler.sample(logits[:, 0], recent, cache.length, sampling)
-        tokens = _if_finite(tokens, logits[:, 0])
+        tokens = if_finite(tokens, logits[:, 0])
         has_ended |= jnp.any(tokens[:, None] == eog_ids[None], axis=1)
         drawn = jax.lax.dynamic_update_slice_in_dim(drawn, tokens[:, None], step, axis=1)
         return step + 1, has_ended, tokens, drawn, recent, cache
@@ -180,19 +195,33 @@ def draw(
     Returns:
       tokens drawn i32[B], `NOT_FINITE` for a row whose logits were not; `logits.logprobs` of them; the cache.
     """
-    inputs = tokens[:, None], cache, None, pages, reduction
-    logits, cache = Transformer(config, run).apply({"params": params}, *inputs)
-    logits, recent = logits[:, 0], jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
-    allowed = logits_lib.constrain(logits, constraints)
-    drawn = sampler.sample(allowed, recent, cache.length, sampling)
-    return _if_finite(drawn, logits), logits_lib.logprobs(logits, drawn), cache
+
+    def step(params, tokens, recent, cache, sampling, constraints, pages, reduction):
+        inputs = tokens[:, None], cache, None, pages, reduction
+        logits, cache = Transformer(config, run).apply({"params": params}, *inputs)
+        logits, recent = logits[:, 0], jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
+        allowed = logits_lib.constrain(logits, constraints)
+        drawn = sampler.sample(allowed, recent, cache.length, sampling)
+        return if_finite(drawn, logits), logits_lib.logprobs(logits, drawn), cache
+
+    args = params, tokens, recent, cache, sampling, constraints, pages, reduction
+    out_specs = sharding.PER_SEQUENCE, sharding.PER_SEQUENCE, sharding.cache_specs(run)
+    return sharding.run_on_mesh(step, run, args, out_specs)
 
 
-def _if_finite(tokens, logits):
+def if_finite(tokens: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns tokens i32[B], `NOT_FINITE` for a row of logits [B, W] whose largest is not finite."""
     return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), tokens, NOT_FINITE)
 
 
-init_pool = cache_lib.init_pool
+def init_pool(config: ModelConfig, run: RunConfig, **sizes: int) -> Cache:
+    """Returns an empty pool as `cache.init_pool` does, on the mesh if the run has one."""
+    if run.shard is None:
+        return cache_lib.init_pool(config, run, **sizes)
+    init = functools.partial(cache_lib.init_pool, config, run, **sizes)
+    return jax.jit(init, out_shardings=sharding.shardings(sharding.cache_specs(run), run.shard))()
+
+
 copy_pages = jax.jit(cache_lib.copy_pages, donate_argnames="cache")
 take_pages = jax.jit(cache_lib.take_pages)
 put_pages = jax.jit(cache_lib.put_pages, donate_argnames="cache")

@@ -177,7 +177,8 @@ def _init(config, run, batch, *, num_pages, page_size):
 
     def rows():
         if run.mla == MLAMode.EXPANDED:
-            heads = mla.num_heads
+            num_parts = 1 if run.shard is None else run.shard.group_size
+            heads = run.sizes(config).num_heads * num_parts
             return HeadRows(key=empty(kind, heads, mla.qk_head_dim), value=empty(kind, heads, mla.v_head_dim))
         rope = empty(run.rope_type, mla.qk_rope_head_dim)
         return LatentRows(latent=empty(kind, mla.kv_lora_rank), rope=rope)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from mla_jax.cache import HeadRows, LatentRows, rotate
 from mla_jax.config import MLAMode, ModelConfig, RunConfig
-from mla_jax.nn import mla_alone, mla_on_cpu, mla_on_gpu
+from mla_jax.nn import collectives, mla_alone, mla_on_cpu, mla_on_gpu, mla_split
 from mla_jax.nn import rope as rope_lib
 from mla_jax.nn.layers import Linear, NormWeight, RMSNorm, Stored, rms_norm
 from mla_jax.nn.taps import is_tapped, tap
@@ -85,19 +85,35 @@ def attend_absorbed(
 
     Arguments and result as in `attend_expanded`.
     """
-    q_BNTR = rotate(jnp.einsum("BTNH,NHR->BNTR", q, k_up), rotation)
-    qr_BNTP = q_rope.swapaxes(1, 2)
+    q_BTNR = rotate(jnp.einsum("BTNH,NHR->BTNR", q, k_up), rotation)
+    o_BNTR, *sums = _attend_latent(q_BTNR, q_rope, rows, positions, sm_scale=sm_scale, chunk=chunk)
+    o_BNTR = rotate(o_BNTR / sums[1][..., None], rotation).astype(q.dtype)
+    o_BTNV = jnp.einsum("BNTR,NVR->BTNV", o_BNTR, v_up)
+    return (o_BTNV, _log_sum_exp(*sums)) if with_lse else o_BTNV
+
+
+def attend_split(q, q_rope, rows: LatentRows, up: UpProjections, positions, *, shard, rotation, **kwargs):
+    """Attends in latent space to a cache that devices split, see `mla_split`."""
+    k_up, v_up = up.decode()
+    last = mla_split.last_own_slots(positions, rows, shard)
+    own = lambda q_BTNR, qr_BTNP: _attend_latent(q_BTNR, qr_BTNP, rows, last, **kwargs)
+    q_BTNR = rotate(jnp.einsum("BTNH,NHR->BTNR", q, k_up), rotation)
+    o_BTNR = rotate(mla_split.attend(own, q_BTNR, q_rope), rotation)
+    return jnp.einsum("BTNR,NVR->BTNV", o_BTNR, v_up)
+
+
+def _attend_latent(q_BTNR, qr_BTNP, rows, positions, *, sm_scale, chunk):
+    """Returns the sums of `_running_softmax` over the latents."""
+    q_BNTR, qr_BNTP = q_BTNR.swapaxes(1, 2), qr_BTNP.swapaxes(1, 2)
     length_B = positions[:, -1] + 1
 
     def visit(start):
-        latent_BCR, rope_BCP = rows.read(start, chunk, length_B, q.dtype)
+        latent_BCR, rope_BCP = rows.read(start, chunk, length_B, q_BTNR.dtype)
         score_BNTC = jnp.einsum("BNTR,BCR->BNTC", q_BNTR, latent_BCR, preferred_element_type=jnp.float32)
         score_BNTC += jnp.einsum("BNTP,BCP->BNTC", qr_BNTP, rope_BCP, preferred_element_type=jnp.float32)
         return score_BNTC, lambda prob_BNTC: jnp.einsum("BNTC,BCR->BNTR", prob_BNTC, latent_BCR)
 
-    o_BNTR, sums = _running_softmax(visit, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
-    o_BTNV = jnp.einsum("BNTR,NVR->BTNV", rotate(o_BNTR, rotation).astype(q.dtype), v_up)
-    return (o_BTNV, _log_sum_exp(*sums)) if with_lse else o_BTNV
+    return _running_softmax(visit, positions, rows.num_slots, sm_scale=sm_scale, chunk=chunk)
 
 
 def expand(latent, rope, k_up, v_up):
@@ -128,13 +144,15 @@ def _attend_heads(q_BTNA, read, positions, num_slots, *, sm_scale, chunk, with_l
         score_BNTC = jnp.einsum("BNTA,BCNA->BNTC", q_BNTA, k_BCNA, preferred_element_type=jnp.float32)
         return score_BNTC, lambda prob_BNTC: jnp.einsum("BNTC,BCNV->BNTV", prob_BNTC, v_BCNV)
 
-    o_BNTV, sums = _running_softmax(visit, positions, num_slots, sm_scale=sm_scale, chunk=chunk)
-    o_BTNV = o_BNTV.swapaxes(1, 2).astype(q_BTNA.dtype)
+    o_BNTV, *sums = _running_softmax(visit, positions, num_slots, sm_scale=sm_scale, chunk=chunk)
+    o_BTNV = (o_BNTV / sums[1][..., None]).swapaxes(1, 2).astype(q_BTNA.dtype)
     return (o_BTNV, _log_sum_exp(*sums)) if with_lse else o_BTNV
 
 
 def _running_softmax(visit, positions_BT, num_slots, *, sm_scale, chunk):
-    """Returns softmax-weighted sums of values, and m and l; `visit(start)` gives scores and their weighing.
+    """Returns the weighted sum o of values, and m and l, of which o / l is softmax's; none seen: o = l = 0.
+
+    `visit(start)` gives the scores of a chunk and their weighing.
 
     With m the largest score so far, l the sum of exp(score - m) and o the weighted sum, a new chunk only
     rescales l and o by exp(m - new m). Source: FlashAttention (arXiv:2205.14135), section 3.1.
@@ -161,7 +179,7 @@ def _running_softmax(visit, positions_BT, num_slots, *, sm_scale, chunk):
     else:
         num_chunks = jnp.max(positions_BT) // chunk + 1
         m_BNT, l_BNT, o_BNTU = jax.lax.fori_loop(0, num_chunks, fold, state)
-    return o_BNTU / l_BNT[..., None], (m_BNT, l_BNT)
+    return o_BNTU, m_BNT, l_BNT
 
 
 def _log_sum_exp(m_BNT, l_BNT):
@@ -216,10 +234,12 @@ class MLAttention(nn.Module):
         o_BTNV = tap(self, "attn_heads", o_BTNV, positions)
         out_scale = 0.5 / self.config.num_layers  # two residual branches a layer
         o_BTD = Linear(x.shape[-1], out_scale, name="out")(o_BTNV.reshape(*x.shape[:2], -1))
-        return o_BTD, rows
+        return collectives.sum_over_group(o_BTD, self.run.shard), rows
 
     def _attend_latents(self, q_BTNH, qr_BTNP, rows, up, positions, *, is_cached, **kwargs):
-        expands = self._expands(q_BTNH.shape[1])
+        expands, shard = self._expands(q_BTNH.shape[1]), self.run.shard
+        if is_cached and shard is not None and shard.splits_cache:
+            return attend_split(q_BTNH, qr_BTNP, rows, up, positions, shard=shard, **kwargs)
         if expands and not is_cached:
             parts = q_BTNH, qr_BTNP, rows.latent, rows.rope, *up.decode(), positions
             for_gpu = self.run.flash and not dispatch.is_exact() and dispatch.for_gpu(self.run.gpu_kernels)
@@ -275,12 +295,12 @@ class MLAttention(nn.Module):
     def _queries(self, x, positions):
         mla = self.config.mla
         if mla.q_lora_rank is None:
-            q = Linear(mla.num_heads * mla.qk_head_dim, name="q")(x)
+            q = Linear(self._num_heads * mla.qk_head_dim, name="q")(x)
         else:
             q_BTQ = Linear(mla.q_lora_rank, name="q_a")(x)
             q_BTQ = RMSNorm(self.config.norm_epsilon, name="q_a_norm")(q_BTQ)
-            q = Linear(mla.num_heads * mla.qk_head_dim, name="q_b")(q_BTQ)
-        q_BTNA = q.reshape(*x.shape[:2], mla.num_heads, mla.qk_head_dim)
+            q = Linear(self._num_heads * mla.qk_head_dim, name="q_b")(q_BTQ)
+        q_BTNA = q.reshape(*x.shape[:2], self._num_heads, mla.qk_head_dim)
         q_BTNH, qr_BTNP = jnp.split(q_BTNA, [mla.qk_nope_head_dim], axis=-1)
         qr_BTNP = rope_lib.rotate(qr_BTNP, positions, self._frequencies())
         return tap(self, "q", q_BTNH, positions), tap(self, "q_rope", qr_BTNP, positions)
@@ -315,6 +335,10 @@ class MLAttention(nn.Module):
         cuda = on_gpu if self._for_gpu(rows) and not is_tapped(self, "latent", "k_rope") else None
         return dispatch.run(rows, raw, positions, slots, cuda=cuda, default=default)
 
+    @property
+    def _num_heads(self):
+        return self.run.sizes(self.config).num_heads
+
     def _for_gpu(self, rows):
         """Whether to trace kernels of GPUs, which take rows of 2**n numbers and pages of 16 * n slots."""
         mla = self.config.mla
@@ -326,7 +350,7 @@ class MLAttention(nn.Module):
 
     def _up_projections(self):
         mla = self.config.mla
-        N, H, V, R = mla.num_heads, mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank
+        N, H, V, R = self._num_heads, mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank
         if "k_b" in self.variables.get("params", {}):
             k, v = Stored((N, R, H), name="k_b")(), Stored((N, V, R), name="v_b")()
             return UpProjections(k=k, v=v, num_heads=N, value_size=V)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mla_jax import quant
 from mla_jax.config import ModelConfig, MoEConfig, RunConfig
+from mla_jax.nn import collectives
 from mla_jax.nn.layers import Stored, SwiGLU, experts_on_cpu, gated_ffn, gated_ffn_on_gpu, read_weight
 from mla_jax.nn.taps import tap
 from mla_jax.quant import dispatch
@@ -255,12 +256,13 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """Holds the stacked expert weights, gate and up apart or merged as the file has them."""
 
-    config: MoEConfig
+    num_experts: int
+    hidden_dim: int
     out_init_scale: float
 
     @nn.compact
     def __call__(self, x, ids, weights):
-        E, F, D = self.config.num_experts, self.config.expert_hidden_dim, x.shape[-1]
+        E, F, D = self.num_experts, self.hidden_dim, x.shape[-1]
         shapes = {"gate": (E, F, D), "up": (E, F, D), "down": (E, D, F)}
         if "gate_up" in self.variables.get("params", {}):
             shapes = {"gate_up": (E, 2 * F, D), "down": (E, D, F)}
@@ -277,15 +279,24 @@ class MoE(nn.Module):
     config: ModelConfig
     run: RunConfig
 
-    @nn.compact
+    def setup(self):
+        config, sizes = self.config, self.run.sizes(self.config)
+        out_scale = 0.5 / config.num_layers
+        self.router = Router(config.moe, self.run)
+        self.experts = Experts(sizes.num_experts, sizes.expert_hidden_dim, out_scale)
+        if config.moe.num_shared_experts:
+            self.shared = SwiGLU(sizes.shared_hidden_dim, out_scale)
+
     def __call__(self, x, positions, reduction=None):
-        moe = self.config.moe
-        out_scale = 0.5 / self.config.num_layers
+        shard, (ids_XK, weight_XK) = self.run.shard, self.route(x, positions, reduction)
         x_XD = x.reshape(-1, x.shape[-1])
+        num_experts = self.experts.num_experts
+        out_XD = collectives.by_experts(self.experts, x_XD, ids_XK, weight_XK, num_experts, shard)
+        if self.config.moe.num_shared_experts:
+            out_XD += self.shared(x_XD)
+        return collectives.sum_over_group(out_XD, shard).reshape(x.shape)
+
+    def route(self, x, positions, reduction=None):
+        """Returns the experts i32[B * T, K] of tokens [B, T, D], and their weights."""
         reduction = None if reduction is None else reduction.of_tokens(x.shape[1])
-        ids_XK, weight_XK = Router(moe, self.run, name="router")(x_XD, positions, reduction)
-        out_XD = Experts(moe, out_scale, name="experts")(x_XD, ids_XK, weight_XK)
-        if moe.num_shared_experts:
-            width = moe.expert_hidden_dim * moe.num_shared_experts
-            out_XD += SwiGLU(width, out_scale, name="shared")(x_XD)
-        return out_XD.reshape(x.shape)
+        return self.router(x.reshape(-1, x.shape[-1]), positions, reduction)

@@ -1,12 +1,15 @@
 """The deepseek2 transformer: layers of MLA and of a dense or mixture-of-experts FFN."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mla_jax import quant
+from mla_jax import quant, sharding
 from mla_jax.cache import Cache
-from mla_jax.config import ModelConfig, RunConfig
+from mla_jax.config import ModelConfig, RunConfig, Shard
+from mla_jax.nn import collectives, mla_split
 from mla_jax.nn import taps as taps_lib
 from mla_jax.nn.layers import Linear, RMSNorm, SwiGLU, read_weight
 from mla_jax.nn.mla import MLAttention
@@ -22,19 +25,32 @@ class Layer(nn.Module):
     run: RunConfig
     is_dense: bool
 
-    @nn.compact
-    def __call__(self, x, rows, positions, slots, reduction):
+    def setup(self):
         config = self.config
-        attention, rows = MLAttention(config, self.run, name="attn")(
-            RMSNorm(config.norm_epsilon, name="attn_norm")(x), rows, positions, slots
-        )
-        x = x + tap(self, "attn_out", attention, positions)
-        normed = RMSNorm(config.norm_epsilon, name="ffn_norm")(x)
+        self.attn_norm, self.ffn_norm = RMSNorm(config.norm_epsilon), RMSNorm(config.norm_epsilon)
+        self.attn = MLAttention(config, self.run)
         if self.is_dense:
-            ffn = SwiGLU(config.dense_hidden_dim, 0.5 / config.num_layers, name="ffn")(normed)
+            self.ffn = SwiGLU(self.run.sizes(config).dense_hidden_dim, 0.5 / config.num_layers)
         else:
-            ffn = MoE(config, self.run, name="ffn")(normed, positions, reduction)
-        return x + tap(self, "ffn_out", ffn, positions), rows
+            self.ffn = MoE(config, self.run)
+
+    def __call__(self, x, rows, positions, slots, reduction):
+        x, normed, rows = self.attend(x, rows, positions, slots)
+        if self.is_dense:
+            ffn = collectives.sum_over_group(self.ffn(normed), self.run.shard)
+        else:
+            ffn = self.ffn(normed, positions, reduction)
+        return self.add(x, ffn, positions), rows
+
+    def attend(self, x, rows, positions, slots):
+        """Returns `h` and `norm(h)`, each [B, T, D], and the rows with the new tokens in them."""
+        attention, rows = self.attn(self.attn_norm(x), rows, positions, slots)
+        x = x + tap(self, "attn_out", attention, positions)
+        return x, self.ffn_norm(x), rows
+
+    def add(self, x, ffn, positions):
+        """Returns `h + ffn(norm(h))` of `h` and what the FFN gave."""
+        return x + tap(self, "ffn_out", ffn, positions)
 
 
 class Embedding(nn.Module):
@@ -42,11 +58,13 @@ class Embedding(nn.Module):
 
     vocab_size: int
     embed_dim: int
+    shard: Shard | None = None
 
     @nn.compact
     def __call__(self, tokens):
         weight = read_weight(self, "weight", nn.initializers.normal(0.5), (self.vocab_size, self.embed_dim))
-        return quant.take_rows(weight, tokens)
+        take = functools.partial(quant.take_rows, weight)
+        return collectives.of_group_rows(take, tokens, self.vocab_size, self.shard)
 
 
 class Transformer(nn.Module):
@@ -57,11 +75,12 @@ class Transformer(nn.Module):
 
     def setup(self):
         config = self.config
-        self.embed = Embedding(config.vocab_size, config.embed_dim)
+        vocab_size = self.run.sizes(config).vocab_size
+        self.embed = Embedding(vocab_size, config.embed_dim, self.run.shard)
         layer = nn.remat(Layer) if self.run.remat else Layer
         self.layers = [layer(config, self.run, config.is_dense(i)) for i in range(config.num_layers)]
         self.output_norm = RMSNorm(config.norm_epsilon)
-        self.output = Linear(config.vocab_size)
+        self.output = Linear(vocab_size)
 
     def hidden(
         self,
@@ -90,13 +109,11 @@ class Transformer(nn.Module):
             raise ValueError(f"pages must be [{B}, M], a row for each sequence, got {pages.shape}.")
         length = jnp.zeros((B,), jnp.int32) if cache is None else cache.length
         num_tokens = jnp.full((B,), T, jnp.int32) if num_tokens is None else num_tokens
-        offsets = jnp.arange(T, dtype=jnp.int32)[None]
-        is_padding = offsets >= num_tokens[:, None]
-        positions = length[:, None] + jnp.minimum(offsets, num_tokens[:, None] - 1)
+        positions, is_padding = places(length, num_tokens, T)
         x, layers = self.embed(tokens), []
         for i, layer in enumerate(self.layers):
             rows = None if cache is None else cache.layers[i].at(pages)
-            slots = None if rows is None else jnp.where(is_padding, rows.num_slots, positions)
+            slots = None if rows is None else self.slots(rows, is_padding, positions)
             of_layer = None if reduction is None else reduction.of_layer(i)
             x = tap(self, f"resid.{i}", x, positions)
             x, rows = layer(x, rows, positions, slots, of_layer)
@@ -105,14 +122,32 @@ class Transformer(nn.Module):
             cache = Cache(layers=tuple(rows.at(None) for rows in layers), length=length + num_tokens)
         return tap(self, f"resid.{self.config.num_layers}", x, positions), cache, positions
 
+    def slots(self, rows, is_padding, positions):
+        """Returns where the tokens go, i32[B, T]; the capacity for one that goes nowhere, or elsewhere."""
+        slots, shard = positions, self.run.shard
+        if shard is not None and shard.splits_cache:
+            slots = mla_split.own_slots(positions, rows, shard)
+        return jnp.where(is_padding, rows.num_slots, slots)
+
     def unembed(self, x):
         """Returns logits f32[..., W] of hidden states [..., D]."""
-        return self.output(self.output_norm(x))
+        logits = collectives.gather_over_group(self.output(self.output_norm(x)), self.run.shard)
+        return logits[..., : self.config.vocab_size]
 
     def __call__(self, tokens, cache: Cache | None = None, num_tokens=None, pages=None, reduction=None):
         """Returns logits f32[B, T, W] and the cache, see `hidden`."""
         x, cache, positions = self._hidden(tokens, cache, num_tokens, pages, reduction)
         return tap(self, "logits", self.unembed(x), positions), cache
+
+
+def places(length: jax.Array, num_tokens: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns positions i32[B, T] of T = `size` tokens after `length` i32[B] others, and which pad.
+
+    The first `num_tokens` i32[B] of each sequence count; the rest has the position of the last of them.
+    """
+    offsets = jnp.arange(size, dtype=jnp.int32)[None]
+    is_padding = offsets >= num_tokens[:, None]
+    return length[:, None] + jnp.minimum(offsets, num_tokens[:, None] - 1), is_padding
 
 
 def apply(
@@ -143,7 +178,13 @@ def apply(
       logits f32[B, T, W], and the cache with the tokens appended (None for None). A token that would lie past
       the capacity is not stored: callers keep `length + T` within it.
     """
-    return Transformer(config, run).apply({"params": params}, tokens, cache, None, pages, reduction)
+
+    def whole(params, tokens, cache, pages, reduction):
+        return Transformer(config, run).apply({"params": params}, tokens, cache, None, pages, reduction)
+
+    cache_spec = None if cache is None else sharding.cache_specs(run)
+    args = params, tokens, cache, pages, reduction
+    return sharding.run_on_mesh(whole, run, args, (sharding.PER_SEQUENCE, cache_spec))
 
 
 def lay_out(params, run: RunConfig):
@@ -155,7 +196,13 @@ def lay_out(params, run: RunConfig):
     if not dispatch.for_gpu(run.gpu_kernels):
         return params
     kept = {"embed", "kv_b", "k_b", "v_b"}
-    of_path = lambda path, weight: weight if kept & {entry.key for entry in path} else quant.to_planes(weight)
+
+    def of_path(path, weight):
+        keys = [entry.key for entry in path]
+        if kept.intersection(keys):
+            return weight
+        return sharding.of_parts(quant.to_planes, "/".join(keys), weight, run)
+
     is_weight = lambda leaf: not isinstance(leaf, dict)
     return jax.tree_util.tree_map_with_path(of_path, params, is_leaf=is_weight)
 
