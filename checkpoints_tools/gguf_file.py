@@ -6,6 +6,7 @@ asked for. A file must not change in use.
 
 import contextlib
 import dataclasses
+import mmap
 import os
 import re
 import stat as stat_lib
@@ -62,6 +63,20 @@ class GGUFFile:
                 f"{info.num_bytes} bytes."
             )
         return data
+
+    def map_parts(self) -> dict[str, np.ndarray]:
+        """Maps the file for reading alone: path of each part -> uint8[its bytes], which cannot be written.
+
+        Pages are read when they are used; a file that is truncated in the meantime ends the process then.
+
+        Raises:
+          GGUFError: if the file cannot be mapped, or is not the one that was opened any more.
+        """
+        parts = {}
+        for path, stat in self._stats.items():
+            with _opened_again(path, stat) as file:
+                parts[path] = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        return parts
 
     def read_pieces(self, name: str, max_bytes: int) -> Iterator[np.ndarray]:
         """Yields the bytes of one tensor as `read` does, at most `max_bytes` at a time."""
@@ -169,9 +184,7 @@ def read_at(path: str, stat: tuple[int, int], offset: int, data: np.ndarray) -> 
       GGUFError: if the file cannot be read, or is not the one that was opened first any more.
     """
     view, done = memoryview(data), 0
-    with opened(path) as file:
-        if size_and_time(file) != stat:
-            raise GGUFError(f"{path}: the file must not change while it is read, but it did.")
+    with _opened_again(path, stat) as file:
         file.seek(offset)
         while done < len(view):
             count = file.readinto(view[done : done + _READ_BYTES])
@@ -179,6 +192,14 @@ def read_at(path: str, stat: tuple[int, int], offset: int, data: np.ndarray) -> 
                 break
             done += count
     return done
+
+
+@contextlib.contextmanager
+def _opened_again(path: str, stat: tuple[int, int]) -> Iterator[BinaryIO]:
+    with opened(path) as file:
+        if size_and_time(file) != stat:
+            raise GGUFError(f"{path}: the file must not change while it is read, but it did.")
+        yield file
 
 
 def _open_at_once(path: str, flags: int) -> int:

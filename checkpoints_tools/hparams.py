@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from checkpoints_tools.gguf_header import GGUFError, shown
-from checkpoints_tools.gguf_metadata import Field
+from checkpoints_tools.gguf_header import GGUFError, alignment_of, shown
+from checkpoints_tools.gguf_metadata import Field, Metadata
 from mla_jax.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from mla_jax.tokenizer import Vocabulary
 
@@ -139,6 +139,12 @@ def metadata(config: ModelConfig) -> dict[str, Any]:
         f"{ARCHITECTURE}.{key}": Field.of(value, "f32") if isinstance(value, float) else value
         for key, value in values.items()
     }
+
+
+def of_new_file(fields: Mapping[str, Field]) -> dict[str, Field]:
+    """Returns the keys of a file for one that is written anew: of an alignment that lets it be mapped."""
+    alignment = max(alignment_of(Metadata(dict(fields))), NEW_FILE_ALIGNMENT)
+    return {**fields, "general.alignment": Field.of(alignment, "u32")}
 
 
 def _moe_metadata(moe: MoEConfig) -> dict[str, Any]:

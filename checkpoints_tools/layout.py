@@ -103,6 +103,12 @@ def check_type(info: TensorInfo) -> None:
         raise GGUFError(f"{what}, so it must have rows of a multiple of {base.block_size}, got {info.shape}.")
 
 
+def is_taken_apart(info: TensorInfo) -> bool:
+    """Whether rows of a tensor that can be decoded are interleaved in the file, or have headers there."""
+    entry = quant.FORMATS.get(FORMAT_NAMES[info.ggml_type])
+    return info.type_name in interleave.BASES or (entry is not None and entry.header_bytes > 0)
+
+
 def _check_tensor(info: TensorInfo, shape: Shape) -> None:
     allowed = [shape, (shape[0] * shape[1], shape[2])] if _may_be_flat(info.name) else [shape]
     if info.shape not in allowed:

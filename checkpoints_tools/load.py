@@ -3,14 +3,14 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from checkpoints_tools import interleave, layout, names
+from checkpoints_tools import interleave, layout, mapping, names
 from checkpoints_tools.buffers import aligned_empty
 from checkpoints_tools.ggml_types import TYPES
 from checkpoints_tools.gguf_file import GGUFFile, TensorInfo, open_gguf
@@ -55,19 +55,33 @@ class Checkpoint:
     path: str | None = None
 
 
-def load_gguf(path: str | os.PathLike, progress: Progress | None = None) -> Checkpoint:
+def load_gguf(
+    path: str | os.PathLike,
+    progress: Progress | None = None,
+    put: Callable[[str, Any], Any] | None = None,
+    *,
+    mmap: bool | None = None,
+    on_host: Callable[[str], bool] | None = None,
+) -> Checkpoint:
     """Loads a deepseek2 GGUF file; weights stay in their blocks, interleaved rows are taken apart.
 
     Everything is checked before the first weight is read. The bytes are held once: on the CPU, JAX adopts the
-    buffers they were read into.
+    buffers they were read into, or uses them where they lie in the file.
 
     Args:
-      path: the file, or the first part of a split one. It must not change while it is loaded.
+      path: the file, or the first part of a split one. It must not change while it is loaded, and if it is
+        mapped never.
       progress: called with (tensors done, tensors, bytes done, bytes) after each tensor. None prints one line
         to stderr, if that is a terminal or loading takes over a second.
+      put: called with the GGUF name of each weight and the weight in NumPy arrays, and returns what is to be
+        its parameter, such as the same on a device. None puts it on the default device.
+      mmap: whether weights on the CPU stay in the file as far as they can, see `mapping`. None: if they take
+        more of the memory at hand than `mapping.MOST_OF_MEMORY`.
+      on_host: whether the weight of a GGUF name stays in the memory of this machine. None: if the default
+        device is the CPU.
 
     Returns:
-      The checkpoint, its parameters on the default device.
+      The checkpoint.
 
     Raises:
       GGUFError: for a file that is no sound deepseek2 GGUF of supported types.
@@ -76,12 +90,18 @@ def load_gguf(path: str | os.PathLike, progress: Progress | None = None) -> Chec
     config, plan = check_model(file)
     report = progress or ProgressLine(file.path)
     num_bytes, bytes_done = sum(info.num_bytes for info in file.tensors.values()), 0
+    on_host = on_host or (lambda name: jax.default_backend() == "cpu")
+    views = mapping.views(file, config, arrays=filter(on_host, plan.shapes), kept=plan.unread, mmap=mmap)
     leaves, unread = {}, {}
     for done, (name, info) in enumerate(file.tensors.items(), start=1):
+        view = views.get(name)
         if name in plan.shapes:
-            leaves[name] = _on_device(read_weight(file, name), plan.shapes[name])
+            weight = read_weight(file, name) if view is None else _weight(info, _rows_of(info, view))
+            weight = _reshaped(weight, plan.shapes[name])
+            leaves[name] = jax.device_put(weight) if put is None else put(name, weight)
         else:
-            unread[name] = UnreadTensor(shape=info.shape, ggml_type=info.ggml_type, data=file.read(name))
+            data = file.read(name) if view is None else view
+            unread[name] = UnreadTensor(shape=info.shape, ggml_type=info.ggml_type, data=data)
         bytes_done += info.num_bytes
         report(done, len(file.tensors), bytes_done, num_bytes)
     return Checkpoint(
@@ -119,25 +139,40 @@ def read_weight(
     stop_row = num_rows if stop_row is None else stop_row
     if not 0 <= start_row <= stop_row <= num_rows:
         raise ValueError(f"rows of {name!r} must be a range in [0, {num_rows}], got {start_row}:{stop_row}.")
+    if not layout.is_taken_apart(info):
+        return _weight(info, _read_rows(file, info, start_row, stop_row))
+    single = layout.FORMAT_NAMES[info.ggml_type]
+    header_bytes = 0 if single in _PLAIN_DTYPES else quant.FORMATS[single].header_bytes
+    header, rows = _read_apart(file, info, start_row, stop_row, header_bytes)
+    return _weight(info, rows, header if header_bytes else None)
+
+
+def _weight(
+    info: TensorInfo, rows: np.ndarray, header: np.ndarray | None = None
+) -> np.ndarray | QuantizedTensor:
+    """Returns uint8[rows, bytes of a row], without their headers, as what they mean."""
     format_name = layout.FORMAT_NAMES[info.ggml_type]
-    is_plain = format_name in _PLAIN_DTYPES
-    header_bytes = 0 if is_plain else quant.FORMATS[format_name].header_bytes
-    if header_bytes or info.type_name in interleave.BASES:
-        header, rows = _read_apart(file, info, start_row, stop_row, header_bytes)
-    else:
-        header, rows = None, _read_rows(file, info, start_row, stop_row)
-    if is_plain:
+    if format_name in _PLAIN_DTYPES:
         return rows.view(_PLAIN_DTYPES[format_name])
     block_bytes = quant.FORMATS[format_name].block_bytes
     blocks = rows.reshape(len(rows), rows.shape[1] // block_bytes, block_bytes)
-    return QuantizedTensor(blocks=blocks, header=header if header_bytes else None, format=format_name)
+    return QuantizedTensor(blocks=blocks, header=header, format=format_name)
+
+
+def _row_bytes(info: TensorInfo) -> int:
+    return TYPES[info.ggml_type].row_bytes(info.shape[-1] if info.shape else 1)
+
+
+def _rows_of(info: TensorInfo, data: np.ndarray) -> np.ndarray:
+    """Returns bytes of whole rows as uint8[rows, bytes of a row]."""
+    row_bytes = _row_bytes(info)
+    return data.reshape(data.size // row_bytes, row_bytes)
 
 
 def _read_rows(file: GGUFFile, info: TensorInfo, start_row: int, stop_row: int) -> np.ndarray:
     """Reads rows as uint8[rows, bytes of a row]."""
-    row_bytes = TYPES[info.ggml_type].row_bytes(info.shape[-1] if info.shape else 1)
-    data = file.read(info.name, start_row * row_bytes, (stop_row - start_row) * row_bytes)
-    return data.reshape(stop_row - start_row, row_bytes)
+    row_bytes = _row_bytes(info)
+    return _rows_of(info, file.read(info.name, start_row * row_bytes, (stop_row - start_row) * row_bytes))
 
 
 def _read_apart(
@@ -163,6 +198,5 @@ def _read_apart(
     return header, body
 
 
-def _on_device(matrix: np.ndarray | QuantizedTensor, shape: tuple[int, ...]) -> jax.Array | QuantizedTensor:
-    """Puts a matrix on the default device as an array of a shape; on the CPU, JAX adopts aligned memory."""
-    return jax.tree.map(lambda leaf: jax.device_put(leaf.reshape(*shape[:-1], *leaf.shape[1:])), matrix)
+def _reshaped(matrix: np.ndarray | QuantizedTensor, shape: tuple[int, ...]) -> np.ndarray | QuantizedTensor:
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape[:-1], *leaf.shape[1:]), matrix)

@@ -1,11 +1,19 @@
 """LoRA adapters on disk, in either of their formats: a GGUF file, or a folder of PEFT."""
 
 import os
-from collections.abc import Container
+import pathlib
+from collections.abc import Container, Sequence
+from typing import Any
 
-from checkpoints_tools import lora_gguf, lora_peft
+from checkpoints_tools import lora_forms, lora_gguf, lora_peft
+from checkpoints_tools import names as names_lib
+from checkpoints_tools.load import Checkpoint
+from mla_jax import lora as lora_lib
 from mla_jax.config import ModelConfig
 from mla_jax.lora import Lora
+
+AdapterSource = str | pathlib.Path | Lora
+"""An adapter, or where it is on disk."""
 
 
 def load_lora(path: str | os.PathLike, config: ModelConfig, names: Container[str]) -> Lora:
@@ -45,3 +53,35 @@ def save_lora(path: str | os.PathLike, lora: Lora, config: ModelConfig) -> None:
         lora_gguf.save_gguf(path, lora, name=os.path.basename(path).removesuffix(".gguf"))
     else:
         lora_peft.save_peft(path, lora, config)
+
+
+def adapted(
+    checkpoint: Checkpoint, adapters: Sequence[AdapterSource | tuple[AdapterSource, float]]
+) -> dict[str, Any]:
+    """Returns the weights of a checkpoint with LoRA adapters beside them, whose updates add up.
+
+    Args:
+      checkpoint: the model.
+      adapters: `Lora`s, GGUF files or folders of PEFT, each alone or in a pair with what multiplies its
+        updates.
+
+    Raises:
+      ValueError: for one that is not in a list, what is no sound adapter of this model, or a scale that is
+        not finite or makes factors of what is not.
+    """
+    if isinstance(adapters, AdapterSource):
+        raise ValueError(f"adapters must be in a list, got {adapters!r:.80} alone.")
+    params, at_hand = checkpoint.params, names_lib.flatten(checkpoint.params)
+    for source, strength in [_pair(adapter) for adapter in adapters]:
+        if not isinstance(source, Lora):
+            source = load_lora(source, checkpoint.config, at_hand)
+        lora_forms.check_strength(source, strength)
+        params = lora_lib.attach(params, source, strength)
+    return params
+
+
+def _pair(adapter):
+    pair = (adapter, 1.0) if isinstance(adapter, AdapterSource) else adapter
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], AdapterSource):
+        raise ValueError(f"adapters must be files, folders or `Lora`s, or pairs, got {adapter!r:.80}.")
+    return pair

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from checkpoints_tools import interleave, lora_files, lora_forms
+from checkpoints_tools import hparams, interleave, lora_files, lora_forms
 from checkpoints_tools.ggml_types import IDS
 from checkpoints_tools.gguf_file import GGUFError, GGUFFile, TensorInfo, open_gguf
 from checkpoints_tools.gguf_metadata import Field
@@ -135,7 +135,8 @@ def merge(
     is_new = lambda name, kind: kind in quant.FORMATS and kind != chosen.file.tensors[name].type_name
     if any(is_new(name, kind) for name, kind in chosen.types.items()):
         fields.setdefault("general.quantization_version", Field.of(QUANTIZATION_VERSION, "u32"))
-    write_gguf(out, fields, [stream.tensor(info) for info in chosen.file.tensors.values()])
+    tensors = [stream.tensor(info) for info in chosen.file.tensors.values()]
+    write_gguf(out, hparams.of_new_file(fields), tensors)
     return stream.losses
 
 

@@ -25,7 +25,7 @@ def plan(model: str | os.PathLike, *, ctx_size: int | None, run: RunConfig) -> s
     Raises:
       GGUFError: for a file that is no sound deepseek2 GGUF.
     """
-    if str(model) in presets.PRESETS and not os.path.exists(model):
+    if is_preset(model):
         config = presets.PRESETS[str(model)]
         weights = f"{presets.parameter_count(config) / 1e9:.2f} billion"
     else:
@@ -36,6 +36,11 @@ def plan(model: str | os.PathLike, *, ctx_size: int | None, run: RunConfig) -> s
     for name in CACHE_TYPES:
         table.append((name, *_cache_sizes(config, dataclasses.replace(run, cache_type=name), ctx_size)))
     return columns(head) + "\n\n" + columns(table)
+
+
+def is_preset(model: str | os.PathLike) -> bool:
+    """Whether a model is the name of a preset, and no file."""
+    return str(model) in presets.PRESETS and not os.path.exists(model)
 
 
 def _read(path):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from checkpoints_tools import hparams
 from checkpoints_tools import imatrix as imatrix_lib
 from checkpoints_tools.ggml_types import IDS, TYPES
 from checkpoints_tools.gguf_file import GGUFError, GGUFFile, TensorInfo, open_gguf
@@ -226,7 +227,7 @@ def _metadata(chosen: Plan, imatrix: str | os.PathLike | None) -> dict[str, Fiel
     if chosen.importance is not None:
         fields["quantize.imatrix.file"] = Field.of(os.path.basename(os.fspath(imatrix)))
         fields["quantize.imatrix.entries_count"] = Field.of(len(chosen.importance), "i32")
-    return fields
+    return hparams.of_new_file(fields)
 
 
 class _Stream:

@@ -80,8 +80,7 @@ def place_weight(rows: Rows, path: str, shape: tuple[int, ...], config: ModelCon
       shard: of `sharding.make_shard`.
     """
     mesh = sharding.device_mesh(shard)
-    first = _ranges_of(path, shape, config, shard, dict.fromkeys(AXES, 0))
-    local = tuple(sum(run.count for run in runs) for runs in first)
+    local = sharding.part_shape(path, shape, config, shard)
     read = functools.cache(lambda part: _read(rows, part, shape, local))
     arrays = []
     for place, device in np.ndenumerate(mesh.devices):
@@ -113,10 +112,7 @@ def _ranges_of(path, shape, config, shard, place: Mapping[str, int]) -> list[tup
         there = min(max(total - first, 0), count)
         return tuple(_Run(half * total + first, there, count) for half in range(halves))
 
-    axes = sharding.logical_axes(path)
-    if len(axes) != len(shape):
-        raise ValueError(f"{path} must have {len(axes)} axes, got the shape {shape}.")
-    return [of(axis, size) for axis, size in zip(axes, shape, strict=True)]
+    return [of(axis, size) for axis, size in zip(sharding.logical_axes(path), shape, strict=True)]
 
 
 def _part(ranges, shape) -> _Part:

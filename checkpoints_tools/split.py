@@ -88,17 +88,25 @@ def plan(
     return dict(zip(paths, groups, strict=True))
 
 
-def merge(first: str | os.PathLike, out: str | os.PathLike, progress: Progress | None = None) -> None:
+def merge(
+    first: str | os.PathLike,
+    out: str | os.PathLike,
+    progress: Progress | None = None,
+    *,
+    alignment: int | None = None,
+) -> None:
     """Writes the parts of a split file as one: all keys and tensors in order, without the `split.*` keys.
 
     Args:
-      first: the first part.
+      first: the first part, or a file that is whole.
       out: the file; one that is there is replaced, and kept as it was if anything fails.
       progress: called with (tensors done, tensors, bytes done, bytes) after each tensor. None prints one line
         to stderr, if that is a terminal or it takes over a second.
+      alignment: bytes that each tensor begins at a multiple of, a power of two up to 2**20, to be written as
+        `general.alignment`; 64 makes a file that can be mapped. None: that of the first part.
 
     Raises:
-      GGUFError: if a part is missing, cannot be read or is not sound.
+      GGUFError: if a part is missing, cannot be read or is not sound, or for another `alignment`.
       ValueError: if `out` is one of the parts.
       OSError: if the file cannot be written.
     """
@@ -107,7 +115,10 @@ def merge(first: str | os.PathLike, out: str | os.PathLike, progress: Progress |
         if os.path.exists(out) and os.path.samefile(part, out):
             raise ValueError(f"{os.fspath(out)} must not be one of the parts that are merged, but it is.")
     copy = _Copy(file, progress or ProgressLine(file.path))
-    write_gguf(out, _whole_keys(file), [copy.tensor(info) for info in file.tensors.values()])
+    keys = _whole_keys(file)
+    if alignment is not None:
+        keys["general.alignment"] = Field.of(alignment, "u32")
+    write_gguf(out, keys, [copy.tensor(info) for info in file.tensors.values()])
 
 
 class _Copy:

@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import operator
 import pathlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,21 +14,22 @@ from absl import logging
 
 import checkpoints_tools
 import cpu_kernels
-from checkpoints_tools import hparams, lora_files, lora_forms, names
-from checkpoints_tools.load import Checkpoint
+from checkpoints_tools import hparams, lora_files
+from checkpoints_tools.lora_files import AdapterSource
 from mla_jax import cache as cache_lib
 from mla_jax import chat, sampler, steps, taps, tokenizer
 from mla_jax import expert_reduction as reduction_lib
-from mla_jax import lora as lora_lib
 from mla_jax.cache import init_cache
 from mla_jax.completion import Completion, Piece, Timings
 from mla_jax.config import ModelConfig, RunConfig
 from mla_jax.nn.taps import check
 from mla_jax.nn.transformer import lay_out
+from mla_jax.segments import Segments
 from mla_jax.serve.device import Device
 from mla_jax.serve.engine import Engine
 from mla_jax.serve.request import Request
 from mla_jax.serve.ticket import Ticket
+from mla_jax.sharding import MeshChoice
 
 PACKAGED_MODEL = pathlib.Path(__file__).parent / "models" / "python-stdlib-15m-q8_0.gguf"
 DEFAULT_CTX_SIZE = 8192
@@ -62,6 +63,7 @@ class Model:
         parallel: int = 1,
         cache_ram: int | None = None,
         keep_drawn: bool = True,
+        programs=steps,
         **engine,
     ):
         """Lays the weights out for the device; see `load` for what the arguments mean.
@@ -76,27 +78,24 @@ class Model:
           parallel: requests that run at a time.
           cache_ram: MiB of rows kept for prompts that begin alike; None for as many as the cache holds.
           keep_drawn: keep rows of drawn tokens as well, see `Engine`.
+          programs: what runs the steps: `mla_jax.steps`, or what has its functions, as `Segments` have.
           **engine: further arguments of `Engine`.
 
         Raises:
           ValueError: for a number out of range, or a vocabulary that does not fit.
         """
-        if not 1 <= ctx_size <= _CTX_SIZE_UPPER:
-            raise ValueError(f"ctx_size must be in [1, {_CTX_SIZE_UPPER}], got {ctx_size}.")
-        if ubatch < 1:
-            raise ValueError(f"ubatch must be at least 1, got {ubatch}.")
-        if not 1 <= parallel <= MAX_PARALLEL:
-            raise ValueError(f"parallel must be in [1, {MAX_PARALLEL}], got {parallel}.")
+        _check_sizes(ctx_size, ubatch, parallel)
         check(config, run.taps)
         if run.taps is not None and run.taps.record:
             recorded = ", ".join(run.taps.record)
             raise ValueError(f"record must be empty for texts, `taps.generate` records, got {recorded}.")
-        self.params, self.config, self.run = lay_out(params, run), config, run
+        self.params = params if isinstance(programs, Segments) else lay_out(params, run)
+        self.config, self.run, self._programs = config, run, programs
         self.ctx_size, self.timings = ctx_size, Timings()
         self.tokenizer = _tokenizer(vocabulary, config)
         self._ubatch, eog_ids = min(ubatch, ctx_size), self.tokenizer.eog_ids
         sizes = dict(ctx_size=ctx_size, ubatch=self._ubatch, max_rows=parallel)
-        device = Device(self.params, config, run, eog_ids=eog_ids, **sizes)
+        device = Device(self.params, config, run, eog_ids=eog_ids, programs=programs, **sizes)
         page_bytes = device.page_size * cache_lib.bytes_per_token(config, run)
         self.engine = Engine(
             device,
@@ -218,6 +217,8 @@ class Model:
           ids i32[L, T, K] and weights f32[L, T, K] of the L layers that have experts, in order; the id of an
           expert that is left out is the number of experts, and its weight 0.
         """
+        if self.run.shard is not None:
+            raise ValueError("routing must be asked of a model on one device, got one on a mesh.")
         if self.config.moe is None:
             raise ValueError("routing must be asked of a model with experts, got one without.")
         tokens, parts = self._check(tokens), []
@@ -228,7 +229,7 @@ class Model:
         for count, width in steps.split_prompt(len(tokens), self._ubatch):
             padded = np.zeros((1, width), np.int32)
             padded[0, :count], tokens = tokens[:count], tokens[count:]
-            cache, *routed = steps.route(self.params, padded, np.asarray([count]), cache, **settings)
+            cache, *routed = self._programs.route(self.params, padded, np.asarray([count]), cache, **settings)
             parts.append([np.asarray(part)[:, 0, :count] for part in routed])
         ids, weights = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         return ids, weights
@@ -270,6 +271,15 @@ class Model:
                 yield piece
 
 
+def _check_sizes(ctx_size, ubatch, parallel):
+    if not 1 <= ctx_size <= _CTX_SIZE_UPPER:
+        raise ValueError(f"ctx_size must be in [1, {_CTX_SIZE_UPPER}], got {ctx_size}.")
+    if ubatch < 1:
+        raise ValueError(f"ubatch must be at least 1, got {ubatch}.")
+    if not 1 <= parallel <= MAX_PARALLEL:
+        raise ValueError(f"parallel must be in [1, {MAX_PARALLEL}], got {parallel}.")
+
+
 def _tokenizer(vocabulary, config):
     if len(vocabulary.tokens) != config.vocab_size:
         raise ValueError(
@@ -279,9 +289,10 @@ def _tokenizer(vocabulary, config):
     return tokenizer.Tokenizer(vocabulary)
 
 
-def _prepare(compilation_cache):
+def _prepare(compilation_cache, segments):
     """Keeps compiled code, but not where the folder cannot be made, as in a home that is not writable."""
-    if jax.default_backend() == "cpu" and not cpu_kernels.available():
+    uses_cpu = jax.default_backend() == "cpu" or (segments is not None and segments.uses_cpu)
+    if uses_cpu and not cpu_kernels.available():
         logging.warning("XLA computes, slowly, without CPU kernels: %s", cpu_kernels.unavailable_because())
     if compilation_cache is None:
         return
@@ -291,44 +302,34 @@ def _prepare(compilation_cache):
         logging.warning("compiled code is not kept: %s: %s", compilation_cache, error.strerror)
 
 
-AdapterSource = str | pathlib.Path | lora_lib.Lora
+def _read(path, run, lora, *, segments, mesh, progress, mmap):
+    """Returns the checkpoint, its weights with adapters where they are to be, and the run with its shard."""
+    if mesh is None:
+        put = None if segments is None else functools.partial(segments.put, run=run)
+        on_host = segments and segments.is_on_host
+        checkpoint = checkpoints_tools.load_gguf(path, progress, put, mmap=mmap, on_host=on_host)
+        params = lora_files.adapted(checkpoint, lora)
+        return checkpoint, params if segments is None else segments.put_all(params, run), run
+    if segments is not None:
+        raise ValueError("a mesh must come without segments, got both.")
+    if lora:
+        raise ValueError(
+            "lora must be merged into the file (`mla-jax export-lora`) for a mesh, got adapters."
+        )
+    checkpoint, shard = checkpoints_tools.load_on_mesh(
+        path, mesh.axes, splits_cache=mesh.splits_cache, progress=progress
+    )
+    return checkpoint, checkpoint.params, dataclasses.replace(run, shard=shard)
 
 
-def adapted(
-    checkpoint: Checkpoint, adapters: Sequence[AdapterSource | tuple[AdapterSource, float]]
-) -> dict[str, Any]:
-    """Returns the weights of a checkpoint with LoRA adapters beside them, whose updates add up.
-
-    Args:
-      checkpoint: the model.
-      adapters: `Lora`s, GGUF files or folders of PEFT, each alone or in a pair with what multiplies its
-        updates.
-
-    Raises:
-      ValueError: for one that is not in a list, what is no sound adapter of this model, or a scale that is
-        not finite or makes factors of what is not.
-    """
-    if isinstance(adapters, AdapterSource):
-        raise ValueError(f"adapters must be in a list, got {adapters!r:.80} alone.")
-    params, at_hand = checkpoint.params, names.flatten(checkpoint.params)
-    for source, strength in [_pair(adapter) for adapter in adapters]:
-        if not isinstance(source, lora_lib.Lora):
-            source = lora_files.load_lora(source, checkpoint.config, at_hand)
-        lora_forms.check_strength(source, strength)
-        params = lora_lib.attach(params, source, strength)
-    return params
-
-
-def _pair(adapter):
-    pair = (adapter, 1.0) if isinstance(adapter, AdapterSource) else adapter
-    if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], AdapterSource):
-        raise ValueError(f"adapters must be files, folders or `Lora`s, or pairs, got {adapter!r:.80}.")
-    return pair
+def context_size(config: ModelConfig, ctx_size: int | None) -> int:
+    """Returns the tokens that a cache holds: `ctx_size`, or what None and 0 of it stand for, see `load`."""
+    limit = config.context_length
+    return min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)
 
 
 def _model(checkpoint, params, expert_reduction, *, ctx_size, **model):
-    limit = checkpoint.config.context_length
-    ctx_size = min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)
+    ctx_size = context_size(checkpoint.config, ctx_size)
     vocabulary = hparams.vocabulary(checkpoint.metadata, checkpoint.config, checkpoint.path)
     loaded = Model(params, checkpoint.config, vocabulary, ctx_size=ctx_size, **model)
     loaded.expert_reduction = reduction_lib.per_layer(loaded.config, expert_reduction)
@@ -352,6 +353,9 @@ def load(
     lora: Sequence[AdapterSource | tuple[AdapterSource, float]] = (),
     compilation_cache: str | pathlib.Path | None = steps.COMPILATION_CACHE,
     progress=None,
+    segments: Segments | None = None,
+    mesh: MeshChoice | None = None,
+    mmap: bool | None = None,
     **model,
 ) -> Model:
     """Loads a deepseek2 GGUF file and makes it ready to generate.
@@ -362,17 +366,19 @@ def load(
       flash: attend chunk by chunk, never holding the whole score matrix.
       cache_type: one of `config.CACHE_TYPES`; "q8_0" takes about half of "f16".
       cache_type_rope: of the rotary part, None for the same.
-      hadamard_size: 64, 128, 256 or 512 latents are rotated together before they are quantised; None for
-        none, and without effect on a cache that is not quantised.
+      hadamard_size: 64, 128, 256 or 512 latents of a quantised cache are rotated together first; None: none.
       attention_max_batch: MiB for some heads of attention at a time in modes 1 to 3; 0 for no limit.
       ctx_size: tokens that the cache holds; 0 is the model's own limit, None that or 8,192, the smaller.
       group_routing: False ignores expert groups, as ik_llama.cpp does.
       gpu_kernels: False leaves a GPU to XLA; None takes the kernels where JAX's device is one.
       expert_reduction: (Kmin, t) of Smart Expert Reduction, see `ExpertReduction`; None for off.
       edits: functions that change values inside the network in every step, see `taps.run`.
-      lora: adapters of weights, each alone or with the scale of its updates, see `adapted`.
+      lora: adapters of weights, each alone or with the scale of its updates, see `lora_files.adapted`.
       compilation_cache: folder of compiled code of this process; None leaves it as it is.
       progress: called with (tensors done, tensors, bytes done, bytes) while loading; None prints a line.
+      segments: for a model whose parts lie on several devices: which where, see `placement`. None: on one.
+      mesh: for a model that devices share out, see `sharding`; None for one device.
+      mmap: whether weights on the CPU stay in the file, see `checkpoints_tools.mapping`; None: large ones.
       **model: `ubatch`, `parallel` and further arguments of `Model`.
 
     Returns:
@@ -382,16 +388,11 @@ def load(
       ValueError: for a file that is no sound deepseek2 GGUF, or a setting out of range.
     """
     of_cache = dict(cache_type=cache_type, cache_type_rope=cache_type_rope, hadamard_size=hadamard_size)
-    run = RunConfig(
-        mla=mla,
-        flash=flash,
-        **of_cache,
-        attention_max_batch=attention_max_batch,
-        group_routing=group_routing,
-        gpu_kernels=gpu_kernels,
-    )
-    run = taps.tapped(run, edits=edits)
-    _prepare(compilation_cache)
-    checkpoint = checkpoints_tools.load_gguf(path, progress=progress)
-    params = adapted(checkpoint, lora)
+    how = dict(mla=mla, flash=flash, attention_max_batch=attention_max_batch, group_routing=group_routing)
+    run = taps.tapped(RunConfig(**of_cache, **how, gpu_kernels=gpu_kernels), edits=edits)
+    _prepare(compilation_cache, segments)
+    where = dict(segments=segments, mesh=mesh, progress=progress, mmap=mmap)
+    checkpoint, params, run = _read(path, run, lora, **where)
+    if segments is not None:
+        model["programs"] = segments
     return _model(checkpoint, params, expert_reduction, run=run, ctx_size=ctx_size, **model)

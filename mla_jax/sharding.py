@@ -54,7 +54,7 @@ RULES = [
 ]
 """Path of a weight -> logical axis of each of its axes. Of gate_up each half is shared out."""
 
-_FIELDS = {  # of `Sizes`, by logical axis
+SHARED = {
     "vocabulary": "vocab_size",
     "heads": "num_heads",
     "dense_hidden": "dense_hidden_dim",
@@ -62,6 +62,7 @@ _FIELDS = {  # of `Sizes`, by logical axis
     "experts": "num_experts",
     "expert_hidden": "expert_hidden_dim",
 }
+"""Logical axes that devices share out -> their field of `Sizes`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,19 @@ class WeightInfo:
     num_bytes: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshChoice:
+    """A mesh as users choose it.
+
+    Attributes:
+      axes: devices along each axis, 1 for one that is not named; None for `auto_axes`.
+      splits_cache: see `Shard`.
+    """
+
+    axes: Mapping[str, int] | None = None
+    splits_cache: bool = False
+
+
 def logical_axes(path: str) -> tuple[str | None, ...]:
     """Returns the logical axis of each axis of the weight at `path`, None for one that is not shared out.
 
@@ -95,7 +109,7 @@ def logical_axes(path: str) -> tuple[str | None, ...]:
 
 def size_of(sizes: Sizes, axis: str | None, default: int) -> int:
     """Returns the size of a logical axis, `default` of None."""
-    return default if axis is None else getattr(sizes, _FIELDS[axis])
+    return default if axis is None else getattr(sizes, SHARED[axis])
 
 
 def num_parts(shard: Shard, axis: str | None) -> int:
@@ -136,7 +150,7 @@ def make_shard(
     for name, size in zip(AXES, (data, expert, model), strict=True):
         if size < 1:
             raise ValueError(f"the axis {name} of a mesh must have at least one device, got {size}.")
-    whole, units = config.sizes, dict.fromkeys(_FIELDS, 1)
+    whole, units = config.sizes, dict.fromkeys(SHARED, 1)
     for weight in weights:
         axis = logical_axes(weight.path)[-1]
         if axis is not None and (size := size_of(whole, axis, 0)):
@@ -148,7 +162,7 @@ def make_shard(
         count, unit = size_of(whole, axis, 0), units[axis]
         return -(-count // (num_parts(shard, axis) * unit)) * unit
 
-    sizes = Sizes(**{field: part(axis) for axis, field in _FIELDS.items()})
+    sizes = Sizes(**{field: part(axis) for axis, field in SHARED.items()})
     return dataclasses.replace(shard, sizes=sizes)
 
 
@@ -179,7 +193,7 @@ def auto_axes(config: ModelConfig, num_devices: int) -> dict[str, int]:
 
 
 def describe(params) -> list[WeightInfo]:
-    """Returns what is known of each weight."""
+    """Returns what is known of each weight; `ShapeDtypeStruct`s in place of arrays do."""
     is_weight = lambda node: not isinstance(node, Mapping)
     found = []
     for path, weight in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
@@ -188,7 +202,7 @@ def describe(params) -> list[WeightInfo]:
             path="/".join(entry.key for entry in path),
             shape=tuple(weight.shape),
             block_size=quant.FORMATS[weight.format].block_size if is_quantised else 1,
-            num_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(weight)),
+            num_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight)),
         )
         found.append(info)
     return found
@@ -222,6 +236,47 @@ def weight_spec(path: str, weight: Weight):
     if isinstance(weight, quant.LoraTensor):
         raise NotImplementedError("adapters on a mesh of devices are not supported: merge them first.")
     return PartitionSpec(*lead, last)
+
+
+def part_shape(path: str, shape: tuple[int, ...], config: ModelConfig, shard: Shard) -> tuple[int, ...]:
+    """Returns the shape of one device's part of the weight at `path`.
+
+    Raises:
+      ValueError: if the weight has another number of axes than its rule.
+    """
+    axes = logical_axes(path)
+    if len(axes) != len(shape):
+        raise ValueError(f"{path} must have {len(axes)} axes, got the shape {shape}.")
+    of = lambda axis, size: size // size_of(config.sizes, axis, size) * size_of(shard.sizes, axis, size)
+    return tuple(of(axis, size) for axis, size in zip(axes, shape, strict=True))
+
+
+def abstract_params(params, config: ModelConfig, shard: Shard):
+    """Returns weights on the mesh without their numbers, to lower steps with.
+
+    Args:
+      params: nested dict of whole weights, of `ShapeDtypeStruct`s.
+      config: the model.
+      shard: of `make_shard`.
+    """
+
+    def one(path, weight):
+        path = "/".join(entry.key for entry in path)
+        *lead, last = part_shape(path, tuple(weight.shape), config, shard)
+        count = [num_parts(shard, axis) for axis in logical_axes(path)]
+
+        def leaf_of(spec, leaf):
+            sizes = lead
+            if len(spec) > len(lead):  # else a header, which has no columns
+                sizes = [*lead, last * leaf.shape[len(lead)] // weight.shape[-1]]
+            whole = [size * parts for size, parts in zip(sizes, count, strict=False)]
+            shape = (*whole, *leaf.shape[len(whole) :])
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=shardings(spec, shard))
+
+        return jax.tree.map(leaf_of, weight_spec(path, weight), weight)
+
+    is_weight = lambda node: not isinstance(node, Mapping)
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
 
 
 def param_specs(params):

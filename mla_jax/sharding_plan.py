@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 
+from checkpoints_tools.inspect import columns
 from mla_jax import sharding
 from mla_jax.cache import PAGE_SIZE, init_pool
 from mla_jax.config import MLAMode, ModelConfig, RunConfig, Shard
@@ -85,6 +86,44 @@ def cache_bytes(config: ModelConfig, run: RunConfig, num_tokens: int) -> int:
     pool = jax.eval_shape(lambda: init_pool(config, run, batch=1, num_pages=num_pages))
     parts = run.shard.data * (run.shard.group_size if _shares_rows(run) else 1)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pool.layers)) // parts
+
+
+def describe(weights: Sequence[WeightInfo], config: ModelConfig, run: RunConfig, num_tokens: int) -> str:
+    """Describes what a mesh comes to: bytes of each device, padding, and every exchange of a pass.
+
+    Args:
+      weights: all of the model.
+      config: the model.
+      run: its shard.
+      num_tokens: tokens that the cache of each group holds.
+
+    Returns:
+      Text of some lines, without a newline at the end.
+    """
+    shard, mib = run.shard, lambda count: f"{count / 2**20:,.1f} MiB"
+    whole = sum(weight.num_bytes for weight in weights)
+    head = [
+        ("mesh", f"data={shard.data},expert={shard.expert},model={shard.model}: {shard.num_devices} devices"),
+        ("weights", f"{mib(weight_bytes(weights, config, shard))} a device, {mib(whole)} as one"),
+        ("cache", f"{mib(cache_bytes(config, run, num_tokens))} a device, for {num_tokens:,} tokens a group"),
+    ]
+    if padded := _padding(config, shard):
+        head.append(("padding", ", ".join(padded)))
+    exchanges = collectives(config, run)
+    table = [("exchange", "in", "among", "times a pass", "numbers a token")]
+    table += [(it.kind, it.place, it.axis, str(it.count), f"{it.numbers:,}") for it in exchanges]
+    return columns(head) + ("\n\n" + columns(table) if exchanges else "")
+
+
+def _padding(config, shard):
+    """Returns which sizes grow, in words."""
+    found = []
+    for axis in sharding.SHARED:
+        whole = sharding.size_of(config.sizes, axis, 0)
+        padded = sharding.size_of(shard.sizes, axis, 0) * sharding.num_parts(shard, axis)
+        if padded > whole:
+            found.append(f"{axis.replace('_', ' ')} {whole:,} to {padded:,}")
+    return found
 
 
 def _shares_rows(run):

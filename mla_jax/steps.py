@@ -12,6 +12,7 @@ import stat
 import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mla_jax import cache as cache_lib
 from mla_jax import logits as logits_lib
@@ -223,8 +224,17 @@ def init_pool(config: ModelConfig, run: RunConfig, **sizes: int) -> Cache:
 
 
 copy_pages = jax.jit(cache_lib.copy_pages, donate_argnames="cache")
-take_pages = jax.jit(cache_lib.take_pages)
+_take_pages = jax.jit(cache_lib.take_pages)
 put_pages = jax.jit(cache_lib.put_pages, donate_argnames="cache")
+
+
+def take_pages(cache: Cache, pages: jax.Array):
+    """Returns what `cache.take_pages` does, whole in every process of a mesh."""
+    layers = _take_pages(cache, pages)
+    if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(layers)):
+        return layers
+    whole = jax.tree.map(lambda leaf: NamedSharding(leaf.sharding.mesh, PartitionSpec()), layers)
+    return jax.jit(lambda layers: layers, out_shardings=whole)(layers)
 
 COMPILATION_CACHE = pathlib.Path(os.path.expanduser("~"), ".cache", "mla_jax", "xla")  # never raises
 

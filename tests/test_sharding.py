@@ -91,12 +91,26 @@ def _two_calls(params, config, run):
     return first, second
 
 
+@pytest.fixture(scope="module")
+def expected(checkpoint):
+    """Returns the logits of one device."""
+    return _two_calls(checkpoint.params, checkpoint.config, RunConfig(cache_type="f32"))
+
+
 @pytest.mark.parametrize("axes", LAYOUTS.values(), ids=LAYOUTS)
-def test_logits_are_those_of_one_device(checkpoint, axes):
-    config, run = checkpoint.config, RunConfig(cache_type="f32")
-    expected = _two_calls(checkpoint.params, config, run)
-    params, run = _on_mesh(checkpoint, run, **axes)
-    chex.assert_trees_all_close(_two_calls(params, config, run), expected, atol=2e-5, rtol=1e-5)
+def test_logits_are_those_of_one_device(checkpoint, expected, axes):
+    params, run = _on_mesh(checkpoint, RunConfig(cache_type="f32"), **axes)
+    chex.assert_trees_all_close(_two_calls(params, checkpoint.config, run), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_kernels_of_the_cpu_run_on_every_device(checkpoint, expected):
+    """They round activations to 8 bits, so the bound is theirs."""
+    params, run = _on_mesh(checkpoint, RunConfig(cache_type="f32"), data=2, expert=2, model=2)
+    with jax.default_matmul_precision("default"):
+        found = _two_calls(params, checkpoint.config, run)
+        alone = _two_calls(checkpoint.params, checkpoint.config, RunConfig(cache_type="f32"))
+    chex.assert_trees_all_close(found, expected, atol=0.1, rtol=0.1)
+    chex.assert_trees_all_close(found, alone, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -236,10 +250,9 @@ def test_too_few_devices_are_told(checkpoint):
         sharding.device_mesh(sharding.make_shard(checkpoint.config, weights, data=3, model=4))
 
 
-def test_parts_of_a_gpu_are_in_planes(checkpoint):
+def test_parts_of_a_gpu_are_in_planes(checkpoint, expected):
     """The kernels themselves are for a GPU; here XLA reads the same planes."""
     config, run = checkpoint.config, RunConfig(cache_type="f32", gpu_kernels=True)
-    expected = _two_calls(checkpoint.params, config, dataclasses.replace(run, gpu_kernels=False))
     params, run = _on_mesh(checkpoint, run, expert=2, model=2)
     params = lay_out(params, run)
     assert isinstance(params["layers_1"]["ffn"]["experts"]["down"]["weight"], quant.PlanarTensor)

@@ -8,6 +8,7 @@ import platform
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -84,6 +85,7 @@ _COMMANDS = {
 
 _LONGEST_CHOICES = 24  # characters; a longer list is told in the text of its flag
 _VALUE_NAMES = {"int": "N", "float": "X", "string": "TEXT", "multi string": "TEXT"}
+_FAILED = 1
 _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
@@ -115,10 +117,17 @@ def main(args: Sequence[str] | None = None) -> int:
 def run() -> int:
     """Is `main` for a process of its own; when interrupted it ends here and now.
 
-    Threads of XLA may still compute what was begun, and would crash while the interpreter is taken down.
+    Threads of XLA may still compute what was begun, and would crash while the interpreter is taken down. One
+    of many processes ends so as well, since JAX would wait for the others.
     """
-    code = main()
-    if code in (_INTERRUPTED, _TERMINATED):
+    try:
+        code = main()
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = _FAILED
+    if code in (_INTERRUPTED, _TERMINATED) or jax.distributed.is_initialized():
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()

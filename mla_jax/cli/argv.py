@@ -1,9 +1,12 @@
 """Reads command lines in the reference's spelling: one dash or two, hyphens or underscores, `-fa` alone."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 
 from absl import flags
+
+from mla_jax.cli import placement_flags
 
 
 class UsageError(ValueError):
@@ -11,7 +14,7 @@ class UsageError(ValueError):
 
 
 PAIRS = ("lora_scaled",)  # flags that take two values
-OPTIONAL_VALUES = {"flash_attn": ("on", "off", "auto")}  # flags that may stand alone, and then mean the first
+OPTIONAL_VALUES = {"flash_attn": "on|off|auto", "fit": placement_flags.FIT}  # they may stand alone, for "on"
 
 
 def parse(
@@ -81,8 +84,7 @@ def _value(written, name, values, rest):
     if values[name].boolean:
         return "true"
     if name in OPTIONAL_VALUES:
-        choices = OPTIONAL_VALUES[name]
-        return rest.pop(0) if rest and rest[0] in choices else choices[0]
+        return rest.pop(0) if rest and re.fullmatch(OPTIONAL_VALUES[name], rest[0]) else "on"
     if not rest:
         count = "two values" if name in PAIRS else "a value"
         raise UsageError(f"{written} must be followed by {count}.")

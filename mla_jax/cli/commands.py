@@ -6,16 +6,23 @@ import sys
 
 import checkpoints_tools
 from mla_jax import corpus, presets
-from mla_jax.cli import expert_stats, loading, paths
+from mla_jax.cli import expert_stats, hosts, loading, paths
 from mla_jax.cli.argv import UsageError
 
 
 def generate(values):
     """Streams the continuation of `--prompt` to stdout, and its speed to stderr."""
+    if hosts.is_follower(values):
+        hosts.follow(values, "generate")
+        return
     if not values.prompt:
         raise UsageError("--prompt must be given and not be empty: it is the text to continue.")
     drawing, prompt_cache = _drawing(values), _prompt_cache(values)
-    model = loading.load(values)
+    with hosts.leading(values, "generate") as programs:
+        _generate(values, loading.load(values, programs=programs), drawing, prompt_cache)
+
+
+def _generate(values, model, drawing, prompt_cache):
     if values.expert_stats and model.config.moe is None:
         raise UsageError("--expert-stats must be given for a model with experts, and this one has none.")
     ids = model.tokenizer.encode(values.prompt)

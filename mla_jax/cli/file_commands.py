@@ -16,7 +16,8 @@ from checkpoints_tools import split as split_lib
 from checkpoints_tools.gguf_file import open_gguf
 from checkpoints_tools.inspect import columns
 from checkpoints_tools.model_file import check_model
-from mla_jax.cli import paths
+from mla_jax.cli import mesh as mesh_lib
+from mla_jax.cli import paths, placing
 from mla_jax.cli.argv import UsageError
 from mla_jax.config import RunConfig
 
@@ -31,8 +32,20 @@ def inspect(values):
 
 def plan(values):
     """Prints what a model and its cache take in memory, without loading it."""
-    run = RunConfig(mla=int(values.mla), cache_type_rope=values.cache_type_rope)
-    _write(checkpoints_tools.plan(values.model, ctx_size=values.ctx_size, run=run))
+    run = RunConfig(
+        mla=int(values.mla), cache_type=values.cache_type_k, cache_type_rope=values.cache_type_rope
+    )
+    planned = [checkpoints_tools.plan(values.model, ctx_size=values.ctx_size, run=run)]
+    if mesh_lib.choice(values) is not None:
+        planned += ["", mesh_lib.plan(values, run)]
+    elif placing.is_asked(values):
+        planned += ["", placing.plan(values, run)]
+    else:
+        for name in ("cache_type_k", "ubatch_size", "device_memory", "type"):
+            if values[name].present:
+                others = "-ot, --cpu-moe, --n-cpu-moe, -mg, --fit or --mesh"
+                raise UsageError(f"--{name.replace('_', '-')} must come with -ngl, {others}.")
+    _write("\n".join(planned))
 
 
 def check(values):
@@ -112,7 +125,7 @@ def merge(values):
     if values.dry_run:
         _write(_totals(open_gguf(values.first).tensors.values(), out))
         return
-    split_lib.merge(values.first, out)
+    split_lib.merge(values.first, out, alignment=values.alignment and int(values.alignment))
     _tell(f"wrote {out}")
 
 

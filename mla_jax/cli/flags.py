@@ -5,6 +5,7 @@ from absl import flags
 from mla_jax import config as config_lib
 from mla_jax import generate as generate_lib
 from mla_jax import sampler
+from mla_jax.cli import host_flags, placement_flags
 from pallas_kernels import tuning
 
 ALIASES = {
@@ -61,23 +62,16 @@ REFUSED = {
     "v_cache_hadamard": "values are a part of the latent cache and are not rotated apart.",
     "cache_type_v": "values are a part of the latent cache, so its type is that of --cache-type-k.",
     "run_time_repack": f"weights are read in the blocks of the file, so {_NOT_YET}",
-    "override_tensor": f"every tensor lies on one device, so {_NOT_YET}",
-    "cpu_moe": f"every tensor lies on one device, so {_NOT_YET}",
-    "n_cpu_moe": f"every tensor lies on one device, so {_NOT_YET}",
-    "split_mode": f"the model runs on one device, so {_NOT_YET}",
-    "tensor_split": f"the model runs on one device, so {_NOT_YET}",
-    "main_gpu": f"the model runs on the first device, so {_NOT_YET}",
+    "split_mode": "devices share out the model by --mesh, and layers by -ot.",
+    "tensor_split": "devices have equal parts of the model, by --mesh.",
     "fused_moe": f"the expert product has one form, so {_NOT_YET}",
     "merge_qkv": f"weights are read as the file has them, so {_NOT_YET}",
     "parallel": f"one sequence is generated at a time, so {_NOT_YET}",
     "file": "give the text itself with --prompt.",
     "escape": "the prompt is taken as it is; a shell writes a newline as $'\\n'.",
     "samplers": "the order is fixed: penalties, top-k, typical, top-p, min-p, temperature.",
-    "mmap": f"weights are read into memory, so {_NOT_YET}",
-    "no_mmap": f"weights are read into memory already, so {_NOT_YET}",
-    "mlock": f"memory is left to the system, so {_NOT_YET}",
-    "transparent_huge_pages": f"memory is left to the system, so {_NOT_YET}",
-    "no_kv_offload": f"the cache lies on the device of the model, so {_NOT_YET}",
+    "transparent_huge_pages": "weights lie in huge pages already, unless their file is mapped.",
+    "no_kv_offload": "rows of a layer lie on the device of its attention; -ot moves both.",
     "no_fused_moe": f"the expert product has one form, so {_NOT_YET}",
     "merge_up_gate_experts": f"weights are read as the file has them, so {_NOT_YET}",
     "graph_reuse": f"every step is one compiled call, so {_NOT_YET}",
@@ -132,6 +126,11 @@ def define_run(values: flags.FlagValues) -> None:
         "ubatch_size", generate_lib.DEFAULT_UBATCH, "see --batch-size.", lower_bound=1, **own
     )
     _device(own)
+    placement_flags.define_placement(values)
+    placement_flags.define_mesh(values)
+    text = "weights on the CPU stay in the file. [if they hardly fit into memory]"
+    flags.DEFINE_boolean("mmap", None, text, **own)
+    flags.DEFINE_boolean("mlock", False, "lock the weights in memory.", **own)
     flags.DEFINE_boolean(
         "grouped_expert_routing", True, "route within expert groups if the file has them.", **own
     )
@@ -156,12 +155,15 @@ def _autotune(own):
         upper_bound=_INT32_UPPER,
         **own,
     )
-    flags.DEFINE_integer(
-        "ubatch_size", generate_lib.DEFAULT_UBATCH, "prompt tokens at a time.", lower_bound=1, **own
-    )
+    _ubatch(own)
     _cache_types(own)
     flags.DEFINE_string("type", "q4_K", "of the weights, if MODEL is the name of a preset.", **own)
     flags.DEFINE_string("out", None, f"folder to write to; without it, {tuning.USER_FOLDER}.", **own)
+
+
+def _ubatch(own):
+    text = "prompt tokens at a time."
+    flags.DEFINE_integer("ubatch_size", generate_lib.DEFAULT_UBATCH, text, lower_bound=1, **own)
 
 
 def _rope(own):
@@ -327,8 +329,10 @@ def _split(own):
 
 
 def _merge(own):
-    flags.DEFINE_string("first", None, "first part of a split GGUF file.", **own)
+    flags.DEFINE_string("first", None, "first part of a split GGUF file, or a whole one.", **own)
     flags.DEFINE_string("out", None, "GGUF file to write.", **own)
+    text = "tensors begin at multiples of it, else as in the parts; 64: for --mmap."
+    flags.DEFINE_enum("alignment", None, ["32", "64", "4096"], text, **own)
     _dry_run(own)
 
 
@@ -372,10 +376,13 @@ def command_flags(command: str) -> flags.FlagValues:
         define_run(values)
     if command == "plan":
         _size(values)
-        _rope(dict(flag_values=values))
+        _cache_types(dict(flag_values=values))
+        _ubatch(dict(flag_values=values))
+        placement_flags.define_plan(values)
     if command == "autotune":
         _autotune(dict(flag_values=values))
     if command == "generate":
+        host_flags.define_hosts(values)
         _prompt_cache(dict(flag_values=values))
         flags.DEFINE_boolean("expert_stats", False, "tell which experts were used.", flag_values=values)
         flags.DEFINE_boolean("display_prompt", True, "print the prompt first.", flag_values=values)

@@ -11,33 +11,52 @@ import jax
 from absl import flags as absl_flags
 from absl import logging as absl_logging
 
+from checkpoints_tools import memory
 from mla_jax import expert_reduction as reduction_lib
 from mla_jax import generate as generate_lib
 from mla_jax import sampler, steps
 from mla_jax.cache import bytes_per_token
+from mla_jax.cli import mesh as mesh_lib
+from mla_jax.cli import placing
 from mla_jax.cli.argv import UsageError
-from mla_jax.config import MLAMode
+from mla_jax.config import MLAMode, RunConfig
 
 
-def load(values: absl_flags.FlagValues, **more: Any) -> generate_lib.Model:
+def load(values: absl_flags.FlagValues, *, on_one_device: bool = False, **more: Any) -> generate_lib.Model:
     """Loads the model of a command line, and tells what that came to.
 
     Args:
       values: flags of `flags.define_model` and `flags.define_run`.
+      on_one_device: whether the command reads weights other than by the steps of the engine.
       **more: further arguments of `generate.load`.
+
+    Raises:
+      UsageError: for flags that cannot be, or that place a model on more devices than the command can use.
     """
     show_log()
     choose_device(values)
     setting, layers = expert_reduction(values)
+    settings, ubatch = run_settings(values), min(values.batch_size, values.ubatch_size)
+    mesh = mesh_lib.choice(values)
+    segments = None if mesh else _segments(values, RunConfig(**settings), ubatch)
+    if on_one_device and (segments or mesh):
+        raise UsageError(
+            "this command runs a model on one device, so -ngl must be 0 or 999, and alone, without --mesh."
+        )
+    if segments and more.get("programs", steps) is not steps:
+        raise UsageError(f"-ngl must be 0 or 999 with --coordinator, got {values.n_gpu_layers}.")
     started = time.perf_counter()
     cache, told = _compilation_cache()
     model = generate_lib.load(
         values.model,
-        **run_settings(values),
+        **settings,
         ctx_size=values.ctx_size,
-        ubatch=min(values.batch_size, values.ubatch_size),
+        ubatch=ubatch,
         lora=adapters(values),
         compilation_cache=cache,
+        segments=segments,
+        mesh=mesh,
+        mmap=values.mmap,
         **more,
     )
     model.expert_reduction = reduction_lib.per_layer(model.config, setting, layers)
@@ -45,6 +64,12 @@ def load(values: absl_flags.FlagValues, **more: Any) -> generate_lib.Model:
     tell(f"loaded {values.model} in {seconds:.1f} s; context {model.ctx_size} tokens; {told}")
     per_token = bytes_per_token(model.config, model.run)
     tell(f"cache: {per_token:,} bytes a token, {per_token * model.ctx_size / 2**20:.1f} MiB in all")
+    if mesh is not None:
+        tell(mesh_lib.describe_parts(model))
+        if values.mmap:
+            tell("--mmap has no effect with --mesh: parts of weights are read")
+    if values.mlock:
+        _lock(model.params)
     if (setting or layers) and reduction_lib.describe(model.expert_reduction) == "off":
         used = model.config.moe.num_experts_per_token if model.config.moe else 0
         tell(f"Smart Expert Reduction has no effect: the model takes {used} experts a token")
@@ -57,6 +82,11 @@ def load(values: absl_flags.FlagValues, **more: Any) -> generate_lib.Model:
             f"the context is longer than the {model.config.context_length} tokens that the model was made for"
         )
     return model
+
+
+def _segments(values, run, ubatch):
+    ctx_size = lambda config: generate_lib.context_size(config, values.ctx_size)
+    return placing.segments(values, tell, ctx_size=ctx_size, run=run, ubatch=ubatch)
 
 
 def run_settings(values: absl_flags.FlagValues) -> dict[str, Any]:
@@ -98,6 +128,15 @@ def expert_reduction(values: absl_flags.FlagValues):
     return setting, {} if path is None else reduction_lib.read_layers(path)
 
 
+def _lock(params):
+    try:
+        leaves = jax.tree.leaves(params)
+        num_bytes = memory.lock([part.data for leaf in leaves for part in leaf.addressable_shards])
+        tell(f"--mlock: weights of {num_bytes / 2**30:.2f} GiB are locked in memory")
+    except OSError as error:
+        tell(f"--mlock: not all weights are locked in memory: {error}")
+
+
 def _hadamard_size(values):
     if values.hadamard_size is not None and not values.k_cache_hadamard:
         raise UsageError("--hadamard-size must come with --k-cache-hadamard, which turns the rotation on.")
@@ -137,10 +176,12 @@ def choose_device(values: absl_flags.FlagValues) -> None:
                 f"--threads must be at most the {len(allowed)} cores of this machine, got {values.threads}."
             )
         os.sched_setaffinity(0, allowed[: values.threads])
-    if values.n_gpu_layers == 0:
+    mesh_lib.prepare(values)
+    if not placing.wants_gpu(values):
         jax.config.update("jax_platforms", "cpu")
     elif jax.default_backend() != "gpu":
-        tell(f"-ngl {values.n_gpu_layers}: there is no GPU that JAX can use, so everything runs on the CPU")
+        asked = f"-ngl {values.n_gpu_layers}" if values.n_gpu_layers else "--fit or --override-tensor"
+        tell(f"{asked}: there is no GPU that JAX can use, so everything runs on the CPU")
     if not values.gpu_kernels and jax.default_backend() != "gpu":
         tell("--nogpu_kernels has no effect: the model runs on the CPU")
 

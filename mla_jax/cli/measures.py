@@ -37,7 +37,7 @@ def measure_perplexity(values):
     if saved is not None:
         _take_window(values, saved)
     base_values = None if values.against is None else _base_values(values)
-    model = loading.load(values)
+    model = loading.load(values, on_one_device=True)
     size = model.ctx_size
     if text is None and saved is None:
         text = "".join(corpus.standard_library().held_out)
@@ -119,7 +119,7 @@ def ser_sweep(values):
         raise UsageError("-ser must not be given: ser-sweep tries settings of its own.")
     _check_out(values.out)
     documents = [corpus.read_text(values.text)] if values.text else corpus.standard_library().held_out
-    model = loading.load(values)
+    model = loading.load(values, on_one_device=True)
     tokens = list(itertools.chain.from_iterable(map(model.tokenizer.encode, documents)))[: values.tokens + 1]
     used = model.config.moe.num_experts_per_token if model.config.moe else 1
     rows = sweep_lib.sweep(
@@ -212,7 +212,7 @@ def _base_values(values):
 def _base_network(base_values, values, model):
     """Returns the base, with the weights of `model` if it is of the same file."""
     if base_values.model != values.model:
-        other = loading.load(base_values)
+        other = loading.load(base_values, on_one_device=True)
         if other.tokenizer.vocabulary.tokens != model.tokenizer.vocabulary.tokens:
             raise UsageError(f"--against must name a model of the same vocabulary, got {base_values.model}.")
         return other

@@ -1,5 +1,6 @@
 """What `mla-jax serve` does with its flags; `mla-jax llama-server` is the same."""
 
+import functools
 import ipaddress
 import json
 import os
@@ -7,7 +8,7 @@ import pathlib
 import socket
 
 from mla_jax import chat
-from mla_jax.cli import loading
+from mla_jax.cli import hosts, loading
 from mla_jax.cli.argv import UsageError
 from mla_jax.serve import grammar
 from mla_jax.serve.http import access, server
@@ -21,55 +22,62 @@ _MIN_KEY_CHARS_TOLD = 16  # a shorter one is guessed sooner or later
 def serve(values):
     """Loads a model and serves it over HTTP until a signal ends it."""
     _check(values)
+    if hosts.is_follower(values):
+        hosts.follow(values, "serve")
+        return
     settings = _settings(values)
-    sampling, max_tokens = loading.sampling_params(values), None if values.predict < 0 else values.predict
-    template, kwargs = _template(values), _template_kwargs(values)
+    settings |= dict(
+        sampling=loading.sampling_params(values), max_tokens=None if values.predict < 0 else values.predict
+    )
+    settings |= dict(chat_template=_template(values), template_kwargs=_template_kwargs(values))
     bound = _bind(values)
     try:
         settings |= _hosts(values, bound, settings["api_keys"])
-        model = loading.load(
-            values,
-            parallel=values.parallel,
-            cache_ram=None if values.cache_ram < 0 else values.cache_ram,
-            keep_drawn=False,  # or a text would depend, by rounding, on what was asked before
-            max_waiting=values.max_waiting,
-            max_waiting_tokens=values.max_waiting_tokens,
-        )
-        if template is not None or kwargs:
-            model.encode_chat([{"role": "user", "content": "hello"}], template=template, kwargs=kwargs)
-        if template is None and model.tokenizer.vocabulary.chat_template is None:
-            loading.tell("the file has no chat template, so turns are written as its family does")
-        if values.warmup:
-            model.engine.warm_up(_tell_progress)
-            grammar.prepare(model.tokenizer)
-        service = Service(
-            model,
-            Settings(
-                sampling=sampling,
-                max_tokens=max_tokens,
-                chat_template=template,
-                template_kwargs=kwargs,
-                **settings,
-            ),
-        )
-        address = server.url(bound, is_secure=values.ssl_cert_file is not None)
-        has_ended = server.run(
-            service,
-            bound,
-            drain_seconds=values.drain_seconds,
-            started=lambda: loading.tell(f"serving {settings['alias']} at {address}"),
-            stopping=lambda: loading.tell(
-                f"stopping: requests have {values.drain_seconds:g} s to end; a second signal ends them now"
-            ),
-            ssl_certificate=values.ssl_cert_file,
-            ssl_key=values.ssl_key_file,
-        )
+        with hosts.leading(values, "serve") as programs:
+            _serve(values, bound, settings, programs)
     finally:
         bound.close()
+    loading.tell("every request has been answered or cut off; goodbye")
+
+
+def _serve(values, bound, settings, programs):
+    """Serves at a bound socket. A server whose engine stands still is left behind with its process."""
+    model = loading.load(
+        values,
+        parallel=values.parallel,
+        cache_ram=None if values.cache_ram < 0 else values.cache_ram,
+        keep_drawn=False,  # or a text would depend, by rounding, on what was asked before
+        max_waiting=values.max_waiting,
+        max_waiting_tokens=values.max_waiting_tokens,
+        programs=programs,
+    )
+    template, kwargs = settings["chat_template"], settings["template_kwargs"]
+    if template is not None or kwargs:
+        model.encode_chat([{"role": "user", "content": "hello"}], template=template, kwargs=kwargs)
+    if template is None and model.tokenizer.vocabulary.chat_template is None:
+        loading.tell("the file has no chat template, so turns are written as its family does")
+    if values.warmup:
+        model.engine.warm_up(_tell_progress)
+        grammar.prepare(model.tokenizer)
+    service = Service(model, Settings(**settings))
+    address = server.url(bound, is_secure=values.ssl_cert_file is not None)
+    has_ended = server.run(
+        service,
+        bound,
+        drain_seconds=values.drain_seconds,
+        started=lambda: loading.tell(f"serving {settings['alias']} at {address}"),
+        stopping=lambda: loading.tell(
+            f"stopping: requests have {values.drain_seconds:g} s to end; a second signal ends them now"
+        ),
+        ssl_certificate=values.ssl_cert_file,
+        ssl_key=values.ssl_key_file,
+        watch=functools.partial(hosts.watch, programs),
+    )
+    if service.lost is not None:
+        os._exit(hosts.LOST)
     if not has_ended:
         loading.tell("the engine stands still and is left behind")
         os._exit(1)
-    loading.tell("every request has been answered or cut off; goodbye")
 
 
 def _check(values):

@@ -3,6 +3,7 @@
 from absl import flags
 
 from mla_jax.cli import flags as flags_lib
+from mla_jax.cli import host_flags
 
 ALIASES = flags_lib.ALIASES | {
     "a": "alias",
@@ -115,5 +116,6 @@ def command_flags() -> flags.FlagValues:
     define_chat(values)
     flags_lib.define_sampling(values)
     flags_lib.define_run(values)
+    host_flags.define_hosts(values)
     flags.DEFINE_boolean("help", False, "show this.", flag_values=values)
     return values

@@ -16,6 +16,7 @@ __all__ = [
     "Failure",
     "Grammar",
     "GrammarFailed",
+    "Lost",
     "Matcher",
     "QueueFull",
     "Request",
@@ -131,6 +132,10 @@ class QueueFull(Exception):
 
 class GrammarFailed(RuntimeError):
     """A text cannot go on by its grammar: the fault of who wrote the grammar, and of nobody else."""
+
+
+class Lost(RuntimeError):
+    """What the steps need is gone, for good: whoever keeps watch over it says so, and ends the engine."""
 
 
 class Draining(Exception):

@@ -11,8 +11,8 @@ import checkpoints_tools
 import mla_jax
 from checkpoints_tools import lora_files, names
 from checkpoints_tools.gguf_file import open_gguf
-from mla_jax import generate, steps
 from mla_jax import lora as lora_lib
+from mla_jax import steps
 from mla_jax.cli import argv, flags, loading, serve_flags
 
 
@@ -195,4 +195,4 @@ def test_a_model_takes_adapters_as_values_and_scales(folder):
 )
 def test_adapters_in_another_form_are_refused(folder, adapters, message):
     with pytest.raises(ValueError, match=message):
-        generate.adapted(checkpoints_tools.load_gguf(folder / "model.gguf"), adapters)
+        lora_files.adapted(checkpoints_tools.load_gguf(folder / "model.gguf"), adapters)

@@ -201,7 +201,8 @@ def test_merged_gate_and_up_equal_them_apart():
     @jax.jit
     def apply(leaves):
         params = {name: {"weight": jnp.asarray(leaf)} for name, leaf in leaves.items()}
-        return moe.Experts(PLAIN.num_experts, PLAIN.expert_hidden_dim, 1.0).apply({"params": params}, jnp.asarray(x), ids, weights)
+        experts = moe.Experts(PLAIN.num_experts, PLAIN.expert_hidden_dim, 1.0)
+        return experts.apply({"params": params}, jnp.asarray(x), ids, weights)
 
     expected = ffn_by_definition(x, ids, weights, experts)
     np.testing.assert_allclose(apply(experts), expected, rtol=1e-5, atol=2e-6)

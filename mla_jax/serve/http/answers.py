@@ -35,7 +35,7 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._began = time.perf_counter()
         self._deadline = self._loop.time() + seconds
-        self._seconds, self._open = seconds, set()
+        self._seconds, self._open, self._lost = seconds, set(), None
         self.tickets: list[Any] = []
 
     @property
@@ -50,6 +50,8 @@ class Answers:
           ApiError: 400 if one can never run, 429 if there is no room for it now, 503 if there never will be.
         """
         try:
+            if self._lost is not None:
+                raise Draining(self._lost)
             for index, request in enumerate(requests):
                 ticket = self._engine.submit(request, self._listener(index))
                 self.tickets.append(ticket)
@@ -101,6 +103,12 @@ class Answers:
         """Cancels every text that has not ended. Whoever submits must see to it that this is called."""
         for index in sorted(self._open):
             self.end(index)
+
+    def lose(self, reason: str) -> None:
+        """Ends every text by a failure, where the engine may say nothing more; none is begun after it."""
+        self._lost = reason
+        for index in sorted(self._open):
+            self._events.put_nowait((index, Failure(message=reason, error=RuntimeError(reason))))
 
     def leave(self) -> None:
         """Does as `close`, and counts a client that left if there was something to cancel."""

@@ -16,6 +16,7 @@ from mla_jax.serve.http.service import Service
 
 _IDLE_SECONDS = 75  # that a connection may be without a request
 _FLUSH_SECONDS = 1  # for answers to be sent, once nothing is drawn any more
+_NOTICE_SECONDS = 2  # for whoever asks to hear that nothing can be drawn any more
 _MAX_CONNECTIONS = 1024
 _BACKLOG = 512
 
@@ -56,6 +57,7 @@ def run(
     stopping: Callable[[], None],
     ssl_certificate: str | None = None,
     ssl_key: str | None = None,
+    watch: Callable[[Callable[[str], None]], None] | None = None,
 ) -> bool:
     """Serves until a signal asks for the end, and returns when every request has been answered or cut off.
 
@@ -70,6 +72,8 @@ def run(
       stopping: is called at the first signal.
       ssl_certificate: file of the certificate in PEM, None for plain HTTP.
       ssl_key: file of its key.
+      watch: is called when the server listens, with a function for any thread to end it by: with the sentence
+        that all are answered, by 503, who run, wait and come until it ends.
 
     Returns:
       Whether the engine has ended as well; if not, it stands still, and its thread with it.
@@ -94,7 +98,7 @@ def run(
     )
     service.engine.start()
     try:
-        _Server(config, service, drain_seconds, started, stopping).run(sockets=[bound])
+        _Server(config, service, drain_seconds, started, stopping, watch).run(sockets=[bound])
     finally:
         stopper = threading.Thread(target=service.engine.stop, daemon=True)
         stopper.start()
@@ -105,10 +109,10 @@ def run(
 class _Server(uvicorn.Server):
     """Drains before it shuts down, where uvicorn would turn clients away at once."""
 
-    def __init__(self, config, service, drain_seconds, started, stopping):
+    def __init__(self, config, service, drain_seconds, started, stopping, watch):
         super().__init__(config)
         self._service, self._drain_seconds = service, drain_seconds
-        self._started, self._stopping = started, stopping
+        self._started, self._stopping, self._watch = started, stopping, watch
         self._loop = self._draining = None
 
     async def startup(self, sockets=None) -> None:
@@ -116,6 +120,8 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._started()
+        if self._watch is not None:
+            self._watch(lambda reason: self._loop.call_soon_threadsafe(self._lose, reason))
 
     def handle_exit(self, sig: int, frame) -> None:
         """Begins to end at the first signal, and ends at the second."""
@@ -130,6 +136,11 @@ class _Server(uvicorn.Server):
     def _begin_to_drain(self):
         self._stopping()
         self._draining = asyncio.ensure_future(self._drain())
+
+    def _lose(self, reason):
+        if self._service.lost is None:
+            self._service.lose(reason)
+            self._loop.call_later(_NOTICE_SECONDS, setattr, self, "should_exit", True)
 
     async def _drain(self):
         drained = asyncio.ensure_future(to_thread.run_sync(self._service.engine.drain, self._drain_seconds))

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import pathlib
 import secrets
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,6 +82,7 @@ class Service:
       metrics: that it measures.
       workers: threads for what takes too long for the event loop.
       is_draining: it takes no more requests, since it is about to stop.
+      lost: the sentence about what it cannot do without and has lost, None if there is nothing.
     """
 
     def __init__(self, model: Any, settings: Settings):
@@ -89,19 +91,32 @@ class Service:
         self.metrics = Metrics(model.engine.stats, experts)
         self.workers = Workers(settings.num_threads)
         self._compilers = Workers(1)  # grammars are compiled one at a time, and prompts do not wait for them
-        self.is_draining = False
+        self.is_draining, self.lost = False, None
+        self._answers: weakref.WeakSet[Answers] = weakref.WeakSet()
 
     def answers(self) -> Answers:
         """Returns the place for the texts of one HTTP request."""
-        return Answers(
+        answers = Answers(
             self.engine,
             self.metrics,
             seconds=self.settings.answer_seconds,
-            is_draining=lambda: self.is_draining,
+            is_draining=lambda: self.is_draining or self.lost is not None,
         )
+        if self.lost is not None:
+            answers.lose(self.lost)
+        self._answers.add(answers)
+        return answers
+
+    def lose(self, reason: str) -> None:
+        """Answers 503 to all that run, wait and come; to be called on the event loop."""
+        self.lost = reason
+        for answers in list(self._answers):
+            answers.lose(reason)
 
     def not_ready_because(self) -> str | None:
         """Returns why no request should be sent here, None if there is no reason."""
+        if self.lost is not None:
+            return self.lost
         if self.is_draining:
             return "the server is about to stop."
         age = self.engine.stats().seconds_since_step

@@ -43,6 +43,8 @@ async def act(request: Request) -> Response:
     if slot >= num_slots:
         message = f"the slot must be a number in [0, {num_slots}), got {written!r:.40}."
         raise ApiError(message, status=404, param="id_slot")
+    if service.lost is not None:
+        raise ApiError(service.lost, status=503, code="not_ready", retry_after=_RETRY_AFTER)
     salt = salt_of_request(request)
     name = None if action == "erase" else await read_body(request, _name)
     if name is not None and service.settings.slot_folder is None:
