@@ -1,7 +1,8 @@
 """What a step takes on a machine, by the bytes that are read and told: a model, not a measurement.
 
 The time of a decode step on one device is the sum of
-weights    bytes of its parts, of experts those that some token of the step takes, over its bandwidth
+weights    bytes of its parts, of experts those that some token of the step takes, over its bandwidth; the
+           device that has most of these is waited for
 rows       bytes of cached latents of all its sequences, over its bandwidth; heads share them
 exchanges  of `sharding_plan.collectives`: a latency each, and the bytes that pass over the link
 The rates that machines reach are a share of what is on their data sheets: `ASSUMPTIONS`.
@@ -9,6 +10,8 @@ The rates that machines reach are a share of what is on their data sheets: `ASSU
 
 import dataclasses
 from collections.abc import Sequence
+
+import numpy as np
 
 from checkpoints_tools.inspect import columns
 from mla_jax import sharding, sharding_plan
@@ -20,13 +23,14 @@ from mla_jax.sharding import WeightInfo
 BATCHES, DEPTH = (1, 8, 64), 8192
 ASSUMPTIONS = {
     "reached": "0.8 of the memory's bandwidth, 0.7 of the link's, 0.4 of the peak of dense bfloat16 products",
-    "experts": "tokens choose independently: E_local * (1 - (1 - K / E) ** tokens) experts are read",
+    "experts": "tokens choose evenly and independently; all wait for the device with the most chosen experts",
     "exchanges": "a ring: 2 (n - 1) / n of the bytes for an all-reduce, (n - 1) / n for the others; float32",
     "latency": "of an exchange 12 us within a machine, 30 us between two, none on one device",
     "prefill": "2 products a parameter that a token takes, attention left aside",
     "depth": f"{DEPTH} cached tokens a sequence, rows of q8_0",
 }
 _REACHED, _LINK, _PEAK = 0.8, 0.7, 0.4
+_DRAWS = 500
 _FACTORS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
 
 
@@ -90,8 +94,8 @@ def decode_seconds(
       run: its shard and type of cache.
       batch: sequences, at `DEPTH` each.
     """
-    shard, moe = run.shard, config.moe
-    touched = 1 - (1 - moe.num_experts_per_token / moe.num_experts) ** batch if moe else 1.0
+    shard = run.shard
+    touched = share_of_experts(config, shard.data * shard.expert, batch)
     is_expert = lambda weight: "experts" in sharding.logical_axes(weight.path)
     of = lambda chosen: sharding_plan.weight_bytes(chosen, config, shard)
     read = of([it for it in weights if not is_expert(it) and not it.path.startswith("embed")])
@@ -106,6 +110,22 @@ def decode_seconds(
         sent = _FACTORS[exchange.kind] * (size - 1) / size * 4 * exchange.numbers * local
         told += exchange.count * (machine.latency + sent / (machine.link * _LINK))
     return dict(weights=read / rate, rows=rows / rate, exchanges=told)
+
+
+def share_of_experts(config: ModelConfig, num_parts: int, batch: int) -> float:
+    """Returns which share of its experts the busiest of `num_parts` devices reads for `batch` tokens.
+
+    It is the mean of 500 draws, the same ones each time.
+    """
+    if config.moe is None:
+        return 0.0
+    rng, moe, shares = np.random.default_rng(0), config.moe, []
+    size = -(-moe.num_experts // num_parts)
+    for _ in range(_DRAWS):
+        order = rng.random((batch, moe.num_experts)).argsort(axis=1)
+        chosen = np.unique(order[:, : moe.num_experts_per_token])
+        shares.append(np.bincount(chosen // size).max() / size)
+    return float(np.mean(shares))
 
 
 def table(
@@ -137,16 +157,15 @@ def plot(rows: Sequence[dict], path: str) -> None:
     """Draws what a step is made of, a bar for each machine and batch."""
     from matplotlib.figure import Figure  # an extra of tests and notebooks
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    labels = [f"{row['machine']}\n{batch} at a time" for row in rows for batch in BATCHES]
-    left = [0.0] * len(labels)
-    for name in ("weights", "rows", "exchanges"):
-        widths = [row["cost"][f"ms of {name}, {batch} at a time"] for row in rows for batch in BATCHES]
-        axes.barh(labels, widths, left=left, label=name)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_xscale("log")
-    axes.set_xlabel("ms of a decode step, by the model")
-    axes.invert_yaxis()
-    axes.legend()
+    figure = Figure(figsize=(3 * len(rows), 3.2), layout="constrained")
+    for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+        bottom = [0.0] * len(BATCHES)
+        for name in ("weights", "rows", "exchanges"):
+            heights = [row["cost"][f"ms of {name}, {batch} at a time"] for batch in BATCHES]
+            axes.bar([str(batch) for batch in BATCHES], heights, bottom=bottom, label=name)
+            bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+        axes.set_title(row["machine"], fontsize=10)
+        axes.set_xlabel("sequences")
+    figure.axes[0].set_ylabel("ms of a decode step, by the model")
+    figure.axes[0].legend()
     figure.savefig(path, dpi=120)

@@ -131,6 +131,10 @@ def test_the_second_run_reads_the_prompt_from_the_file(run, tmp_path):
         (["--prompt-cache-all"], "--prompt-cache-all must come with --prompt-cache, which names the file."),
         (["--prompt-cache-ro"], "--prompt-cache-ro must come with --prompt-cache, which names the file."),
         (
+            ["--prompt-cache", "a", "--prompt-cache-ro"],
+            "--prompt-cache must exist with --prompt-cache-ro, got 'a'.",
+        ),
+        (
             ["--prompt-cache", "/nowhere/a"],
             "--prompt-cache must be a file in a folder that exists, got '/nowhere/a'.",
         ),

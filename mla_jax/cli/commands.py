@@ -17,6 +17,10 @@ def generate(values):
         return
     if not values.prompt:
         raise UsageError("--prompt must be given and not be empty: it is the text to continue.")
+    if values.expert_stats and values.mesh is not None:
+        raise UsageError(
+            "--expert-stats counts experts on one device alone, so it must not come with --mesh."
+        )
     drawing, prompt_cache = _drawing(values), _prompt_cache(values)
     with hosts.leading(values, "generate") as programs:
         _generate(values, loading.load(values, programs=programs), drawing, prompt_cache)
@@ -117,7 +121,10 @@ def _prompt_cache(values):
         return None
     if values.prompt_cache_all and values.prompt_cache_ro:
         raise UsageError("--prompt-cache-all writes the file, so it must not come with --prompt-cache-ro.")
-    return paths.output_file("--prompt-cache", values.prompt_cache)
+    path = paths.output_file("--prompt-cache", values.prompt_cache)
+    if values.prompt_cache_ro and not path.exists():
+        raise UsageError(f"--prompt-cache must exist with --prompt-cache-ro, got {str(path)!r}.")
+    return path
 
 
 def _keeping(pieces, model, path, num_tokens):
