@@ -162,9 +162,11 @@ def plot(rows: Sequence[dict], path: str) -> None:
         bottom = [0.0] * len(BATCHES)
         for name in ("weights", "rows", "exchanges"):
             heights = [row["cost"][f"ms of {name}, {batch} at a time"] for batch in BATCHES]
-            axes.bar([str(batch) for batch in BATCHES], heights, bottom=bottom, label=name)
+            axes.bar(range(len(BATCHES)), heights, bottom=bottom, label=name)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+        axes.set_ylim(0, 1.05 * max(bottom))
         axes.set_title(row["machine"], fontsize=10)
+        axes.set_xticks(range(len(BATCHES)), map(str, BATCHES))
         axes.set_xlabel("sequences")
     figure.axes[0].set_ylabel("ms of a decode step, by the model")
     figure.axes[0].legend()
