@@ -75,7 +75,7 @@ class Model:
           run: how it is run, edits included; nothing is there to take what is recorded.
           ctx_size: as for `load`.
           ubatch: prompt tokens computed at a time.
-          parallel: requests that run at a time.
+          parallel: requests that run at a time, on a mesh rounded up to a multiple of its `data`.
           cache_ram: MiB of rows kept for prompts that begin alike; None for as many as the cache holds.
           keep_drawn: keep rows of drawn tokens as well, see `Engine`.
           programs: what runs the steps: `mla_jax.steps`, or what has its functions, as `Segments` have.
@@ -368,7 +368,7 @@ def load(
       cache_type_rope: of the rotary part, None for the same.
       hadamard_size: 64, 128, 256 or 512 latents of a quantised cache are rotated together first; None: none.
       attention_max_batch: MiB for some heads of attention at a time in modes 1 to 3; 0 for no limit.
-      ctx_size: tokens that the cache holds; 0 is the model's own limit, None that or 8,192, the smaller.
+      ctx_size: tokens that the cache of a group holds; 0: the model's own limit, None: that or 8,192 at most.
       group_routing: False ignores expert groups, as ik_llama.cpp does.
       gpu_kernels: False leaves a GPU to XLA; None takes the kernels where JAX's device is one.
       expert_reduction: (Kmin, t) of Smart Expert Reduction, see `ExpertReduction`; None for off.

@@ -125,7 +125,7 @@ def decode(
 
     Args:
       params: nested dict of weights.
-      tokens: i32[B] newest token of each sequence.
+      tokens: i32[B] newest token of each sequence; -1 of one that is not there, whose text is none.
       recent: i32[B, 64] tokens before it that penalties look at, newest last, -1 for none.
       cache: rows of all tokens before, with room for `num_steps` more.
       sampling: how to draw, a value per sequence.
@@ -143,7 +143,7 @@ def decode(
     loop = functools.partial(_decode, transformer=Transformer(config, run))
     args = params, tokens, recent, cache, sampling, pages, reduction
     rows = sharding.PER_SEQUENCE
-    out_specs = rows, sharding.SAME, rows, sharding.cache_specs(run)
+    out_specs = sharding.SAME, sharding.SAME, rows, sharding.cache_specs(run)
     return sharding.run_on_mesh(loop, run, args, out_specs, same=(num_steps, eog_ids))
 
 
@@ -172,9 +172,9 @@ def _decode(
 
     B = tokens.shape[0]
     drawn = jnp.full((B, MAX_STEPS), -1, jnp.int32)
-    start = jnp.int32(0), jnp.zeros((B,), bool), tokens, drawn, recent, cache
+    start = jnp.int32(0), tokens < 0, tokens, drawn, recent, cache
     step, _, _, drawn, recent, cache = jax.lax.while_loop(goes_on, take, start)
-    return drawn, step, recent, cache
+    return collectives.gather_over_data(drawn, shard), step, recent, cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run"), donate_argnames="cache")
@@ -203,10 +203,11 @@ def draw(
         logits, recent = logits[:, 0], jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
         allowed = logits_lib.constrain(logits, constraints)
         drawn = sampler.sample(allowed, recent, cache.length, sampling)
-        return if_finite(drawn, logits), logits_lib.logprobs(logits, drawn), cache
+        told = if_finite(drawn, logits), logits_lib.logprobs(logits, drawn)
+        return *jax.tree.map(lambda part: collectives.gather_over_data(part, run.shard), told), cache
 
     args = params, tokens, recent, cache, sampling, constraints, pages, reduction
-    out_specs = sharding.PER_SEQUENCE, sharding.PER_SEQUENCE, sharding.cache_specs(run)
+    out_specs = sharding.SAME, sharding.SAME, sharding.cache_specs(run)
     return sharding.run_on_mesh(step, run, args, out_specs)
 
 
@@ -235,6 +236,7 @@ def take_pages(cache: Cache, pages: jax.Array):
         return layers
     whole = jax.tree.map(lambda leaf: NamedSharding(leaf.sharding.mesh, PartitionSpec()), layers)
     return jax.jit(lambda layers: layers, out_shardings=whole)(layers)
+
 
 COMPILATION_CACHE = pathlib.Path(os.path.expanduser("~"), ".cache", "mla_jax", "xla")  # never raises
 

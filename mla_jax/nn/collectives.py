@@ -28,6 +28,11 @@ def gather_over_group(x: jax.Array, shard: Shard | None) -> jax.Array:
     return jax.lax.all_gather(x, GROUP, axis=x.ndim - 1, tiled=True)
 
 
+def gather_over_data(x: jax.Array, shard: Shard | None) -> jax.Array:
+    """Returns [B, ...] of the sequences of all devices along `data`, on each of them."""
+    return x if shard is None or shard.data == 1 else jax.lax.all_gather(x, DATA, axis=0, tiled=True)
+
+
 def of_group_rows(
     take: Callable[[jax.Array], jax.Array], ids: jax.Array, num_rows: int, shard: Shard | None
 ) -> jax.Array:
@@ -69,8 +74,7 @@ def by_experts(
     if shard is None:
         return experts(x, ids, weights)
     if shard.data > 1:
-        gather = lambda part: jax.lax.all_gather(part, DATA, axis=0, tiled=True)
-        x, ids, weights = gather(x), gather(ids), gather(weights)
+        x, ids, weights = (gather_over_data(part, shard) for part in (x, ids, weights))
     own = ids - jax.lax.axis_index((DATA, EXPERT)) * num_experts
     own = jnp.where((own >= 0) & (own < num_experts), own, num_experts)
     out_XD = experts(x, own, weights)

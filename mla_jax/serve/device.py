@@ -2,10 +2,15 @@
 
 The engine knows tokens and pages, this file arrays. Batches are padded to a few sizes with copies of their
 first row, which reads and writes what that row does: no further expert is read for it, and no page is hurt.
+
+Devices along `data` of a mesh are groups, each with as many pages of the pool and as many rows of a batch.
+Whose a row is follows from its pages. A group that has none takes part with one that has no page and no
+expert.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -46,15 +51,33 @@ class Row:
     num_logprobs: int | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A piece of a prompt, to be written to the cache.
+
+    Attributes:
+      tokens: of the piece.
+      start: how many are before it, whose rows are there.
+      pages: where those are, with room for the piece.
+      reduction: (Kmin, t) of each layer.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    reduction: tuple[reduction_lib.Setting, ...]
+
+
 class Device:
     """Weights and a pool of rows.
 
     Attributes:
       page_size: tokens in a page.
-      num_pages: pages in the pool.
+      num_groups: groups of devices; each has as many pages, one group after the other.
+      num_pages: pages in the pool, of all groups.
       vocab_size: tokens of the vocabulary, W.
       widths: sizes that pieces of prompts are padded to.
-      batches: sizes that batches are padded to.
+      batches: sizes that the rows of each group are padded to.
       num_compiled: programs that were compiled, or read from the folder that keeps them, by this process.
     """
 
@@ -77,22 +100,28 @@ class Device:
           params: nested dict of weights, as `programs` read them.
           config: the model.
           run: how it is run.
-          ctx_size: tokens of the pool, rounded up to pages.
+          ctx_size: tokens of the pool for each group, rounded up to pages.
           ubatch: prompt tokens computed at a time.
-          max_rows: sequences of a batch at most.
+          max_rows: sequences of a batch at most, of all groups.
           eog_ids: end-of-generation tokens.
           page_size: tokens in a page.
           programs: `mla_jax.steps`, or what has the functions `prefill`, `decode`, `draw`, `init_pool`,
             `copy_pages`, `take_pages` and `put_pages` with the same arguments and results.
         """
-        self.page_size, self.num_pages = page_size, -(-ctx_size // page_size)
+        self.page_size, self.num_groups = page_size, 1 if run.shard is None else run.shard.data
+        self._group_pages = -(-ctx_size // page_size)
+        self.num_pages = self.num_groups * self._group_pages
         self.widths = steps.buckets(ubatch)
-        self.batches = _batches(min(max_rows, MAX_ROWS))
+        self.batches = _batches(min(-(-max_rows // self.num_groups), MAX_ROWS))
         self.vocab_size = config.vocab_size
         self._params, self._settings = params, dict(config=config, run=run)
         self._config, self._run, self._layers, self._steps = config, run, None, programs
         self._eog_ids = np.asarray(sorted(eog_ids) or [-1], np.int32)
         self._samplings = {}
+        no_expert = ((0, math.inf),) * config.num_layers
+        self._no_part = Part(tokens=[], start=0, pages=[], reduction=no_expert)
+        nobody = dict(pages=[], sampling=sampler.SamplingParams(seed=0), reduction=no_expert)
+        self._no_row = Row(tokens=[-1], **nobody)
 
     @property
     def num_compiled(self) -> int:
@@ -115,25 +144,31 @@ class Device:
         """Forgets all rows."""
         self._layers = None
 
-    def prefill(self, tokens: Sequence[int], width: int, start: int, pages: Sequence[int], reduction) -> None:
-        """Computes the rows of `tokens`, padded to `width`, from slot `start` on."""
-        padded = np.zeros((1, width), np.int32)
-        padded[0, : len(tokens)] = tokens
-        count = np.asarray([len(tokens)], np.int32)
+    def prefill(self, parts: Sequence[Part], width: int) -> None:
+        """Computes the rows of some pieces, at most one of each group, padded to `width`."""
+        of_group = {self._group(part.pages): part for part in parts}
+        parts = [of_group.get(group, self._no_part) for group in range(self.num_groups)]
+        padded = np.zeros((len(parts), width), np.int32)
+        for part, tokens in zip(parts, padded, strict=True):
+            tokens[: len(part.tokens)] = part.tokens
+        count = np.asarray([len(part.tokens) for part in parts], np.int32)
         cache = self._steps.prefill(
             self._params,
             padded,
             count,
-            self._cache([start]),
-            self._table([pages]),
-            self._reduction([reduction]),
+            self._cache([part.start for part in parts]),
+            self._table([part.pages for part in parts]),
+            self._reduction([part.reduction for part in parts]),
             **self._settings,
         )
         self._layers = cache.layers
 
     def decode(self, rows: Sequence[Row], num_steps: int) -> list[list[int]]:
-        """Draws up to `num_steps` tokens for each row, fewer if all have drawn one that ends a text."""
-        rows, count = self._padded(rows), len(rows)
+        """Draws up to `num_steps` tokens for each row, fewer if all have drawn one that ends a text.
+
+        Rows are those of the first group, then those of the next one, at most a batch of each.
+        """
+        rows, places = self._padded(rows)
         drawn, taken, _, cache = self._steps.decode(
             self._params,
             *self._inputs(rows),
@@ -145,25 +180,28 @@ class Device:
         )
         self._layers = cache.layers
         drawn, taken = jax.device_get((drawn, taken))  # waits, and raises what failed
-        return drawn[:count, :taken].tolist()
+        return drawn[places, :taken].tolist()
 
     def draw(self, rows: Sequence[Row]) -> list[tuple[int, Logprobs | None]]:
-        """Draws a token for each row under its bias and mask, with its logprobs where they are wanted."""
-        rows, count = self._padded(rows), len(rows)
+        """Draws a token for each row under its bias and mask, with its logprobs where they are wanted.
+
+        Rows are in the order that `decode` wants.
+        """
+        padded, places = self._padded(rows)
         drawn, told, cache = self._steps.draw(
             self._params,
-            *self._inputs(rows),
-            self._constraints(rows),
-            self._table([row.pages for row in rows]),
-            self._reduction([row.reduction for row in rows]),
+            *self._inputs(padded),
+            self._constraints(padded),
+            self._table([row.pages for row in padded]),
+            self._reduction([row.reduction for row in padded]),
             **self._settings,
         )
         self._layers = cache.layers
-        drawn, (chosen, ids, top) = jax.device_get((drawn, told))
+        drawn, told = jax.device_get((drawn, told))
         logprobs = []
-        for row, *values in zip(rows[:count], chosen, ids, top, strict=False):
+        for row, *values in zip(rows, *(part[places] for part in told), strict=True):
             logprobs.append(None if row.num_logprobs is None else _logprobs(row.num_logprobs, *values))
-        return list(zip(drawn[:count].tolist(), logprobs, strict=True))
+        return list(zip(drawn[places].tolist(), logprobs, strict=True))
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies pages (source, target); no target is a source."""
@@ -174,19 +212,20 @@ class Device:
             self._layers = self._steps.copy_pages(self._cache([0]), sources, targets).layers
 
     def take(self, pages: Sequence[int]):
-        """Returns the rows of some pages in arrays of the host."""
-        layers = jax.device_get(self._steps.take_pages(self._cache([0]), self._pages(pages, self.num_pages)))
+        """Returns the rows of some pages of a group in arrays of the host."""
+        padded = self._pages(pages, self._group_pages)
+        layers = jax.device_get(self._steps.take_pages(self._cache([0]), padded))
         return jax.tree.map(lambda part: part[: len(pages)].copy(), layers)
 
     def put(self, pages: Sequence[int], layers) -> None:
         """Writes what `take` returned to as many pages."""
 
         def padded(part):
-            whole = np.zeros((self.num_pages, *part.shape[1:]), part.dtype)
+            whole = np.zeros((self._group_pages, *part.shape[1:]), part.dtype)
             whole[: len(part)] = part
             return whole
 
-        pages, layers = self._pages(pages, self.num_pages), jax.tree.map(padded, layers)
+        pages, layers = self._pages(pages, self._group_pages), jax.tree.map(padded, layers)
         self._layers = self._steps.put_pages(self._cache([0]), pages, layers).layers
 
     def save(self, path, tokens: Sequence[int], layers, expert_reduction: str) -> int:
@@ -198,7 +237,7 @@ class Device:
 
     def load(self, path, expert_reduction: str):
         """Reads what `save` wrote: rows for `put`, and their tokens; errors as of `cache.load`."""
-        empty = jax.eval_shape(self._init)
+        empty = jax.eval_shape(functools.partial(self._init, steps))
         layers = jax.tree.map(lambda part: np.zeros(part.shape, part.dtype), empty.layers)
         cache = Cache(layers=layers, length=np.zeros((1,), np.int32))
         table = np.arange(self.num_pages, dtype=np.int32)
@@ -216,9 +255,9 @@ class Device:
             self.copy([(self.num_pages, self.num_pages)])
             self.put([self.num_pages], self.take([self.num_pages]))
 
+        part = Part(tokens=[0], start=0, pages=[], reduction=off)
         widths = [
-            (f"prompts of {size}", functools.partial(self.prefill, [0], size, 0, [], off))
-            for size in self.widths
+            (f"prompts of {size}", functools.partial(self.prefill, [part], size)) for size in self.widths
         ]
         plain = [
             (f"{size} at a time", functools.partial(self.decode, [row] * size, 1)) for size in self.batches
@@ -232,13 +271,13 @@ class Device:
     def _fingerprint(self):
         return cache_lib.fingerprint(self._config, self._params)
 
-    def _init(self):
+    def _init(self, programs):
         sizes = dict(num_pages=self.num_pages, page_size=self.page_size)
-        return self._steps.init_pool(self._config, self._run, batch=1, **sizes)
+        return programs.init_pool(self._config, self._run, batch=self.num_groups, **sizes)
 
     def _cache(self, lengths):
         if self._layers is None:
-            self._layers = self._init().layers
+            self._layers = self._init(self._steps).layers
         return Cache(layers=self._layers, length=np.asarray(lengths, np.int32))
 
     def _pages(self, pages, size):
@@ -248,14 +287,29 @@ class Device:
         return filled
 
     def _table(self, rows):
-        return np.stack([self._pages(pages, self.num_pages) for pages in rows])
+        """Returns the pages of each row i32[B, M], as numbers in the part of the pool that its group has."""
+        table = np.full((len(rows), self._group_pages), self.num_pages, np.int32)
+        for pages, numbers in zip(rows, table, strict=True):
+            numbers[: len(pages)] = np.asarray(pages, np.int32) % self._group_pages
+        return table
+
+    def _group(self, pages):
+        return pages[0] // self._group_pages if pages else 0
 
     def _reduction(self, rows):
         return None if self._config.moe is None else reduction_lib.arrays(*rows)
 
     def _padded(self, rows):
-        size = next(size for size in self.batches if size >= len(rows))
-        return [*rows, *[rows[0]] * (size - len(rows))]
+        """Returns as many rows of each group, and where `rows` are among them."""
+        groups = [[] for _ in range(self.num_groups)]
+        for row in rows:
+            groups[self._group(row.pages)].append(row)
+        size = next(size for size in self.batches if size >= max(map(len, groups)))
+        padded, places = [], []
+        for own in groups:
+            places += range(len(padded), len(padded) + len(own))
+            padded += own + [own[0] if own else self._no_row] * (size - len(own))
+        return padded, places
 
     def _inputs(self, rows):
         """Returns newest tokens, those before, the cache and how to draw."""

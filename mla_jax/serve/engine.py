@@ -18,9 +18,10 @@ from mla_jax.completion import Piece
 from mla_jax.expert_reduction import Setting
 from mla_jax.serve import request as request_lib
 from mla_jax.serve.device import Device
+from mla_jax.serve.groups import Groups
 from mla_jax.serve.loop import Loop
 from mla_jax.serve.request import Draining, Failure, QueueFull, Request
-from mla_jax.serve.scheduler import Kept, Scheduler, Slot
+from mla_jax.serve.scheduler import Kept, Slot
 from mla_jax.serve.stats import EngineStats, SlotInfo
 from mla_jax.serve.stream import Stream
 from mla_jax.serve.text import TextStream
@@ -32,7 +33,7 @@ class Engine:
     """Draws the texts of many requests at once from one model.
 
     Attributes:
-      ctx_size: tokens that the pool holds, and a request at most.
+      ctx_size: tokens that the pool holds for each group, and a request at most.
       expert_reduction: (Kmin, t) of each layer for requests that do not say.
     """
 
@@ -54,9 +55,9 @@ class Engine:
         Args:
           device: weights and the pool.
           tokenizer: of the model.
-          ctx_size: tokens, at most those of the pool.
+          ctx_size: tokens, at most those of the pool for each group.
           expert_reduction: (Kmin, t) of each layer for requests that do not say.
-          num_slots: requests that run at a time.
+          num_slots: requests that run at a time, rounded up to as many for each group.
           prefix_pages: pages that may be kept for prompts that begin alike; None for all, 0 for none.
           keep_drawn: keep rows of drawn tokens too. The next turn of a chat then starts sooner, but its text
             is that of a fresh start only up to rounding: a drawn token's row is not computed as a prompt's.
@@ -68,7 +69,8 @@ class Engine:
 
         def new_scheduler():
             sizes = dict(num_pages=device.num_pages, page_size=device.page_size, widths=device.widths)
-            return Scheduler(num_slots=num_slots, prefix_limit=prefix_pages, keep_drawn=keep_drawn, **sizes)
+            kept = dict(prefix_limit=prefix_pages, keep_drawn=keep_drawn)
+            return Groups(device.num_groups, num_slots=num_slots, **kept, **sizes)
 
         self._loop = Loop(device, new_scheduler, tokenizer.eog_ids)
         self._limits = max_waiting, max_waiting_tokens
@@ -174,8 +176,8 @@ class Engine:
             num_waiting=self._num_waiting,
             waiting_tokens=self._waiting_tokens,
             pages_total=self._device.num_pages,
-            pages_free=scheduler.table.num_free,
-            pages_cached=len(scheduler.prefix),
+            pages_free=scheduler.num_free,
+            pages_cached=scheduler.num_cached,
             page_size=self._device.page_size,
             seconds_since_step=time.monotonic() - loop.stepped if self._is_busy() else None,
             requests=self._taken,
@@ -226,8 +228,9 @@ class Engine:
             if rows is None or len(rows.tokens) < (num_tokens or 0):
                 has = "none" if rows is None else len(rows.tokens)
                 raise ValueError(f"slot {slot} must have rows of {num_tokens or 'a request'}, got {has}.")
-            tokens, table = rows.tokens[:num_tokens], self._loop.scheduler.table
-            pages = table.pages(rows.pages)[: table.pages_for(len(tokens))]
+            tokens = rows.tokens[:num_tokens]
+            num_pages = -(-len(tokens) // self._device.page_size)
+            pages = self._loop.scheduler.pages(slot, rows.pages)[:num_pages]
             with self._loop.between_steps():
                 return tokens, self._device.take(pages)
 
@@ -297,8 +300,7 @@ class Engine:
         return self._taken_tokens - self._loop.counts["left_queue_tokens"]
 
     def _is_busy(self):
-        scheduler = self._loop.scheduler
-        return bool(self._num_waiting or scheduler.running or scheduler.waiting)
+        return bool(self._num_waiting or not self._loop.scheduler.is_idle)
 
     def _refuse_if_full(self, num_prompt):
         max_waiting, max_tokens = self._limits

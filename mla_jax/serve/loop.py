@@ -13,9 +13,9 @@ from absl import logging
 
 from mla_jax import steps
 from mla_jax.completion import Logprobs, Piece
-from mla_jax.serve.device import Device, Row
-from mla_jax.serve.request import Failure, GrammarFailed
-from mla_jax.serve.scheduler import Plan, Scheduler
+from mla_jax.serve.device import Device, Part, Row
+from mla_jax.serve.groups import Groups, Step
+from mla_jax.serve.request import Failure, GrammarFailed, Lost
 from mla_jax.serve.ticket import Ticket
 
 _SMOOTH_SECONDS = 0.05  # that a stream may stand still for: 20 times a second looks like flowing
@@ -35,7 +35,7 @@ class Loop:
     def __init__(
         self,
         device: Device,
-        new_scheduler: Callable[[], Scheduler],
+        new_scheduler: Callable[[], Groups],
         eog_ids: frozenset[int],
     ):
         self.scheduler = new_scheduler()
@@ -55,9 +55,10 @@ class Loop:
                 return False
             self._execute(plan)
         except Exception as error:
-            self._log("a step failed")
+            if not isinstance(error, Lost):
+                self._log("a step failed")
             self.do(functools.partial(self._recover, error))
-            return bool(self.scheduler.running or self.scheduler.waiting)
+            return not self.scheduler.is_idle
         except BaseException as error:  # an interrupt
             self._recover(error)
             raise
@@ -103,7 +104,7 @@ class Loop:
             return 1
         return steps.within(_SMOOTH_SECONDS, self._seconds_per_step)
 
-    def _execute(self, plan: Plan):
+    def _execute(self, plan: Step):
         self._at_work = [*self.scheduler.running, *(ticket for ticket, _ in plan.leaving)]
         for ticket in self.scheduler.running:
             self._begin(ticket)
@@ -111,23 +112,16 @@ class Loop:
             ticket.swapped = self._device.take(pages)
         self._device.copy(plan.copies)
         for ticket, pages in plan.coming:
-            num_pages = self.scheduler.table.pages_for(ticket.num_rows)
+            num_pages = -(-ticket.num_rows // self._device.page_size)
             self._device.put(pages[:num_pages], ticket.swapped)
             ticket.swapped = None
-        for piece in plan.prefill:
-            self._at_work = [piece.job]
-            pages = self.scheduler.table.pages(piece.job.pages)
-            reduction = piece.job.request.expert_reduction
-            self._device.prefill(piece.tokens, piece.width, piece.start, pages, reduction)
-            self.scheduler.wrote(piece)
-        for group in self._groups(ticket for ticket in plan.decode if not ticket.is_constrained):
-            self._decode(group, plan.num_steps)
-        for group in self._groups(ticket for ticket in plan.decode if ticket.is_constrained):
-            self._draw(group)
-
-    def _groups(self, tickets):
-        tickets, size = list(tickets), self._device.batches[-1]
-        return [tickets[first : first + size] for first in range(0, len(tickets), size)]
+        for pieces in plan.prefill:
+            self._prefill(pieces)
+        size = self._device.batches[-1]
+        for tickets in plan.calls(size, lambda ticket: not ticket.is_constrained):
+            self._decode(tickets, plan.num_steps)
+        for tickets in plan.calls(size, lambda ticket: ticket.is_constrained):
+            self._draw(tickets)
 
     def _begin(self, ticket):
         if ticket.began is None:
@@ -138,6 +132,18 @@ class Loop:
     def _leave_queue(self, ticket):
         self.counts["left_queue"] += 1
         self.counts["left_queue_tokens"] += ticket.num_prompt
+
+    def _prefill(self, pieces):
+        self._at_work, parts = [piece.job for piece in pieces], []
+        for piece in pieces:
+            about = dict(pages=self._pages(piece.job), reduction=piece.job.request.expert_reduction)
+            parts.append(Part(tokens=piece.tokens, start=piece.start, **about))
+        self._device.prefill(parts, max(piece.width for piece in pieces))
+        for piece in pieces:
+            self.scheduler.wrote(piece)
+
+    def _pages(self, ticket):
+        return self.scheduler.pages(ticket.slot, ticket.pages)
 
     def _decode(self, tickets, num_steps):
         self._at_work, began = tickets, time.perf_counter()
@@ -161,9 +167,9 @@ class Loop:
             self._tell(ticket, [pair], began)
 
     def _row(self, ticket, **more):
-        pages = self.scheduler.table.pages(ticket.pages)
-        sampling, reduction = ticket.request.sampling, ticket.request.expert_reduction
-        return Row(tokens=ticket.tokens, pages=pages, sampling=sampling, reduction=reduction, **more)
+        pages, request = self._pages(ticket), ticket.request
+        settings = dict(sampling=request.sampling, reduction=request.expert_reduction)
+        return Row(tokens=ticket.tokens, pages=pages, **settings, **more)
 
     def _constrained_row(self, ticket):
         request = ticket.request

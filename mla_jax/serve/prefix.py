@@ -25,6 +25,18 @@ def page_keys(tokens: Sequence[int], page_size: int, root: str) -> list[bytes]:
     return keys
 
 
+def num_shared(first: list[int], second: list[int]) -> int:
+    """Returns the length of the common beginning of two lists of tokens."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 class PrefixCache:
     """Which page has the rows of which key. Each is held once, so it stays when its sequence ends.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mla_jax import steps
 from mla_jax.cache import PageTable, PoolExhausted
-from mla_jax.serve.prefix import PrefixCache, page_keys
+from mla_jax.serve.prefix import PrefixCache, num_shared, page_keys
 from mla_jax.serve.request import Request
 
 _BESIDE_DECODE = 128  # tokens of prompts that are computed while others wait for their next token
@@ -131,10 +131,11 @@ class Scheduler:
         widths: Sequence[int],
         prefix_limit: int | None = None,
         keep_drawn: bool = False,
+        first_slot: int = 0,
     ):
         self.table = PageTable(num_pages, page_size)
         self.prefix = PrefixCache(self.table, prefix_limit)
-        self.slots = [Slot(i) for i in range(num_slots)]
+        self.slots = [Slot(first_slot + i) for i in range(num_slots)]
         self.waiting: collections.deque[Job] = collections.deque()
         self.num_preemptions = 0
         self._running: list[Job] = []  # in the order of their coming
@@ -150,11 +151,12 @@ class Scheduler:
         """Puts a job at the end of the queue."""
         self.waiting.append(job)
 
-    def plan(self, steps_wanted: Callable[[], int]) -> Plan | None:
+    def plan(self, steps_wanted: Callable[[], int], beside: bool = False) -> Plan | None:
         """Decides what the device does next; None if there is nothing to do.
 
         Args:
           steps_wanted: how many tokens to draw in a row where nobody waits.
+          beside: whether tokens are drawn elsewhere in the same step.
         """
         ready = [job for job in self._running if job.is_prefilled]
         is_busy = self.waiting or len(ready) < len(self._running)
@@ -166,9 +168,9 @@ class Scheduler:
         for job in ready:
             copies += self.table.append(job.pages, _rows_to_draw(job, num_steps))
         coming = [] if leaving else self._admit(copies)
-        prefill = self._prefill(_BESIDE_DECODE if ready else self._widths[-1])
+        prefill = self._prefill(_BESIDE_DECODE if ready or beside else self._widths[-1])
         if not (ready or prefill or coming or leaving):
-            return self.plan(steps_wanted) if self._running else None  # all their rows were there already
+            return self.plan(steps_wanted, beside) if self._running else None  # all rows were there already
         return Plan(leaving, copies, coming, prefill, ready, num_steps)
 
     def wrote(self, piece: Piece) -> None:
@@ -189,6 +191,13 @@ class Scheduler:
         for job in self._running:
             length = max(job.num_rows, job.num_prompt - 1)
             self.table.truncate(job.pages, min(length, self.table.length(job.pages)))
+
+    def num_known(self, job: Job) -> int:
+        """Returns how many tokens of the prompt of a job that waits have rows here; a slot must be idle."""
+        is_new = job.swapped is None and job.request.reuse_prefix
+        found = self.prefix.find(self._keys(job)) if is_new else []
+        kept = self._choose_slot(job, [slot for slot in self.slots if slot.job is None])[1]
+        return max(len(found) * self.table.page_size, kept)
 
     def finish(self, job: Job) -> None:
         """Takes a job out, whether it runs or waits; its rows are kept where others may use them."""
@@ -248,7 +257,7 @@ class Scheduler:
         return self.table.pages(slot.kept.pages)
 
     def _leave(self, job):
-        slot = self.slots[job.slot]
+        slot = self.slots[job.slot - self.slots[0].id]
         slot.job, slot.used, job.slot = None, time.monotonic(), None
         self._running.remove(job)
         return slot
@@ -352,7 +361,7 @@ class Scheduler:
 
         def shared(slot):
             is_alike = slot.kept and slot.kept.root == job.root and job.request.reuse_prefix
-            return _num_shared(slot.kept.tokens, wanted) if is_alike and job.swapped is None else 0
+            return num_shared(slot.kept.tokens, wanted) if is_alike and job.swapped is None else 0
 
         best = max(idle, key=lambda slot: (shared(slot), slot.kept is None, -slot.used))
         return best, shared(best)
@@ -386,15 +395,3 @@ class Scheduler:
 
 def _rows_to_draw(job, num_steps):
     return min(num_steps, job.limit - len(job.tokens))
-
-
-def _num_shared(first, second):
-    """Returns the length of the common beginning of two lists."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

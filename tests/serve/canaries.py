@@ -25,9 +25,10 @@ def make_request(prompt, max_tokens=8, *, seed=0, **about):
     return Request(prompt=tuple(prompt), max_tokens=max_tokens, sampling=SamplingParams(seed=seed), **about)
 
 
-def make_engine(*, num_pages=40, num_slots=4, **settings):
-    """Returns an engine whose device is a `CanaryDevice` of pages of 4 tokens."""
-    device = CanaryDevice(num_pages=num_pages, max_rows=4, eog_ids=tokenizer().eog_ids)
+def make_engine(*, num_pages=40, num_slots=4, num_groups=1, widths=(8,), **settings):
+    """Returns an engine whose device is a `CanaryDevice` of pages of 4 tokens, as many for each group."""
+    sizes = dict(num_pages=num_groups * num_pages, max_rows=4, num_groups=num_groups, widths=widths)
+    device = CanaryDevice(eog_ids=tokenizer().eog_ids, **sizes)
     settings = dict(expert_reduction=REDUCTIONS[0], num_slots=num_slots) | settings
     return Engine(device, tokenizer(), ctx_size=4 * num_pages, **settings)
 
@@ -78,13 +79,19 @@ class Answer:
 def run(engine, *, limit=10_000):
     """Takes steps until nothing is left to do; canaries watch every one."""
     for _ in range(limit):
-        kill_the_rest(engine._device, engine._loop.scheduler)
-        if not engine.step():
-            check_pages(engine._loop.scheduler)
-            assert not engine._loop.scheduler.running and not engine._loop.scheduler.waiting
+        kill_the_rest(engine._device, engine._loop.scheduler.schedulers)
+        is_over = not engine.step()
+        check_all_pages(engine)
+        if is_over:
+            assert engine._loop.scheduler.is_idle
             return
-        check_pages(engine._loop.scheduler)
     raise AssertionError(f"{limit} steps, and no end")
+
+
+def check_all_pages(engine):
+    """Checks the pages of every group."""
+    for scheduler in engine._loop.scheduler.schedulers:
+        check_pages(scheduler)
 
 
 def assert_nothing_is_left(engine):

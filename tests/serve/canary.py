@@ -66,7 +66,7 @@ class CanaryDevice:
     """As `mla_jax.serve.device.Device`, in NumPy.
 
     Attributes:
-      pool: u64[Z, G, 3] rows.
+      pool: u64[Z, G, 3] rows, a part of it for each group.
       is_sound: False once a fault took the rows along.
       calls: how often each phase was entered.
       faults: (phase, which call of it from now on, error, whether the rows go with it), once each.
@@ -76,9 +76,18 @@ class CanaryDevice:
     """
 
     def __init__(
-        self, *, num_pages, page_size=4, widths=(8,), max_rows=4, vocab_size=320, eog_ids=frozenset()
+        self,
+        *,
+        num_pages,
+        page_size=4,
+        widths=(8,),
+        max_rows=4,
+        vocab_size=320,
+        eog_ids=frozenset(),
+        num_groups=1,
     ):
         self.num_pages, self.page_size, self.vocab_size = num_pages, page_size, vocab_size
+        self.num_groups = num_groups
         self.widths, self.batches, self.num_compiled = widths, (1, max_rows), 0
         self.calls, self.faults, self.infinite = collections.Counter(), [], {}
         self.written, self.log, self._eog_ids = set(), [], eog_ids
@@ -92,18 +101,19 @@ class CanaryDevice:
     def programs(self):
         return [("nothing", lambda: None)]
 
-    def prefill(self, tokens, width, start, pages, reduction):
+    def prefill(self, parts, width):
         self._enter("prefill")
-        if not 0 < len(tokens) <= width or width not in self.widths:
-            raise CanaryError(f"{len(tokens)} tokens in a piece of {width}")
-        before = self._attend(pages, start, reduction)
-        self._write(pages, start, rows_of(tokens, reduction, start, before))
+        self._check_groups(parts, 1)
+        for part in parts:
+            if not 0 < len(part.tokens) <= width or width not in self.widths:
+                raise CanaryError(f"{len(part.tokens)} tokens in a piece of {width}")
+            before = self._attend(part.pages, part.start, part.reduction)
+            self._write(part.pages, part.start, rows_of(part.tokens, part.reduction, part.start, before))
 
     def decode(self, rows, num_steps):
         self._enter("decode")
         self.log.append([row.sampling.seed for row in rows])
-        if len(rows) > self.batches[-1]:
-            raise CanaryError(f"{len(rows)} rows in a batch of {self.batches[-1]}")
+        self._check_groups(rows, self.batches[-1])
         texts, drawn = [list(row.tokens) for row in rows], [[] for _ in rows]
         ended = set()
         for _ in range(num_steps):
@@ -120,6 +130,7 @@ class CanaryDevice:
     def draw(self, rows):
         self._enter("draw")
         self.log.append([row.sampling.seed for row in rows])
+        self._check_groups(rows, self.batches[-1])
         drawn = []
         for row in rows:
             token = self._step(row, row.tokens)
@@ -159,6 +170,16 @@ class CanaryDevice:
         whole = np.full((-(-len(tokens) // self.page_size) * self.page_size, 3), DEAD, np.uint64)
         whole[: len(tokens)] = file["rows"]
         return whole.reshape(-1, self.page_size, 3), tokens
+
+    def _check_groups(self, parts, most):
+        """Checks that each is on pages of one group, in the order of groups, and how many a group has."""
+        size = self.num_pages // self.num_groups
+        groups = [{page // size for page in part.pages} for part in parts]
+        if any(len(found) != 1 for found in groups):
+            raise CanaryError(f"pages of the groups {groups}")
+        found = [group for (group,) in groups]
+        if found != sorted(found) or max(collections.Counter(found).values()) > most:
+            raise CanaryError(f"a call for the groups {found}, of at most {most} each")
 
     def _enter(self, phase):
         if not self.is_sound:
@@ -212,12 +233,12 @@ class Fault:
     loses_rows: bool = False
 
 
-def live_rows(scheduler) -> set[tuple[int, int]]:
+def live_rows(scheduler, first_page=0) -> set[tuple[int, int]]:
     """Returns (page, place) of every row that somebody may yet read."""
     table, size, live = scheduler.table, scheduler.table.page_size, set()
 
     def add(pages, count):
-        live.update((pages[slot // size], slot % size) for slot in range(count))
+        live.update((first_page + pages[slot // size], slot % size) for slot in range(count))
 
     for job in scheduler.running:
         add(table.pages(job.pages), job.num_rows)
@@ -229,11 +250,12 @@ def live_rows(scheduler) -> set[tuple[int, int]]:
     return live
 
 
-def kill_the_rest(device, scheduler) -> None:
-    """Poisons every slot that nobody may read."""
+def kill_the_rest(device, schedulers) -> None:
+    """Poisons every slot that nobody may read, of one group after the other."""
     dead = np.ones(device.pool.shape[:2], bool)
-    for page, place in live_rows(scheduler):
-        dead[page, place] = False
+    for group, scheduler in enumerate(schedulers):
+        for page, place in live_rows(scheduler, group * scheduler.table.num_pages):
+            dead[page, place] = False
     device.pool[dead] = DEAD
 
 

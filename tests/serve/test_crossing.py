@@ -13,13 +13,14 @@ from canaries import (
     REDUCTIONS,
     Answer,
     assert_nothing_is_left,
+    check_all_pages,
     make_engine,
     make_request,
     mixed_requests,
     run,
     tokens_alone,
 )
-from canary import Fault, check_pages, kill_the_rest
+from canary import Fault, kill_the_rest
 
 from mla_jax import expert_reduction as reduction_lib
 from mla_jax.cache import PoolExhausted
@@ -161,9 +162,9 @@ def test_none_of_many_requests_is_crossed(tmp_path, keep_drawn):
             _arrive(storm, coming)
             coming = next(requests, None)
         _stir(storm)
-        kill_the_rest(engine._device, engine._loop.scheduler)
+        kill_the_rest(engine._device, engine._loop.scheduler.schedulers)
         engine.step()
-        check_pages(engine._loop.scheduler)
+        check_all_pages(engine)
         for answer in [answer for answer in storm.live if answer.ticket.has_ended]:
             storm.live.remove(answer)
             _check(storm, answer)

@@ -309,7 +309,8 @@ class Broken:
         raise ArithmeticError("a pool broke.\nmore of it")
 
 
-def test_a_follower_that_fails_ends_the_run(params):
+def test_a_follower_that_fails_ends_the_run(params, monkeypatch):
+    monkeypatch.setattr(calls, "_VERDICT_SECONDS", 0.1)
     run = RunConfig()
     with led(params, run, follower_programs=Broken()) as (leader, _, lost, left):
         sentence = "process 1 of 2 failed: ArithmeticError: a pool broke."
@@ -320,7 +321,7 @@ def test_a_follower_that_fails_ends_the_run(params):
 
 
 def test_a_leader_that_fails_ends_the_run(params, monkeypatch):
-    monkeypatch.setattr("mla_jax.serve.hosts.calls._VERDICT_SECONDS", 0.1)
+    monkeypatch.setattr(calls, "_VERDICT_SECONDS", 0.1)
     run = RunConfig()
     with led(params, run, leader_programs=Broken()) as (leader, _, lost, left):
         with pytest.raises(ArithmeticError):

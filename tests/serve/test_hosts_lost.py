@@ -23,12 +23,16 @@ def lost(serve, tmp_path):
         while len(engine.submitted) < 2:
             assert not any(job.done() for job in asked)
             time.sleep(0.01)
-        client.portal.call(service.lose, REASON)
-        yield client, engine, [job.result(30) for job in asked]
+        try:
+            client.portal.call(service.lose, REASON)
+            yield client, engine, [job.result(30) for job in asked]
+        finally:
+            engine.is_stuck = False
 
 
 def test_all_who_wait_and_come_are_told(lost):
     client, engine, (whole, stream) = lost
+    engine.is_stuck = False  # so that a request which is let in would be seen
     assert whole.status_code == 503 and whole.json()["error"]["message"] == REASON
     assert REASON in stream.text and '"error"' in stream.text
     for path, body in [("/completion", BODY), ("/v1/completions", {"model": "m", "prompt": "hello"})]:

@@ -74,8 +74,8 @@ def serve(start):
     """Returns a function that starts a server with one slot: the run, and a client of it."""
     with contextlib.ExitStack() as stack:
 
-        def serve(num_processes):
-            flags = ["serve", "-c", "32768", "-np", "1", "--no-warmup"]
+        def serve(num_processes, *flags):
+            flags = ["serve", *flags, "-c", "32768", "-np", "1", "--no-warmup"]
             run = start(num_processes, *flags, of_leader=["--port", "0"])
             url = run.await_line(0, r"^serving \S+ at (http://\S+)$")[1]
             return run, stack.enter_context(httpx.Client(base_url=url, timeout=60))
@@ -90,9 +90,13 @@ def alone():
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_the_text_is_that_of_one_process(start, alone, num_processes):
-    run = start(num_processes, "generate", of_leader=["-p", PROMPT, "-n", "12", "--temp", "0"])
+@pytest.mark.parametrize(
+    ("num_processes", "flags"),
+    [(2, ["--mesh", "model=2"]), (4, ["--mesh", "data=2,expert=2"])],
+    ids=["two parts", "four parts"],
+)
+def test_the_text_is_that_of_one_process(start, alone, num_processes, flags):
+    run = start(num_processes, "generate", *flags, of_leader=["-p", PROMPT, "-n", "12", "--temp", "0"])
     assert run.codes(*range(num_processes), seconds=START_SECONDS) == [0] * num_processes
     assert run.text() == alone
     for process_id in range(1, num_processes):
@@ -137,15 +141,15 @@ class Asking:
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "sent", "how"),
+    ("num_processes", "flags", "sent", "how"),
     [
-        (2, signal.SIGKILL, "its connection has ended"),
-        (3, signal.SIGSTOP, "nothing was heard from it for 10 seconds"),
+        (3, [], signal.SIGKILL, "its connection has ended"),
+        (2, ["--mesh", "model=2"], signal.SIGSTOP, "nothing was heard from it for 10 seconds"),
     ],
     ids=["killed", "stopped"],
 )
-def test_a_lost_process_ends_the_run(serve, num_processes, sent, how):
-    run, client = serve(num_processes)
+def test_a_lost_process_ends_the_run(serve, num_processes, flags, sent, how):
+    run, client = serve(num_processes, *flags)
     asking = Asking(client)
     run.processes[1].send_signal(sent)
     began = time.monotonic()

@@ -40,7 +40,7 @@ def test_canaries_tell_a_row_that_is_not_theirs():
     engine = make_engine()
     answer = Answer(engine, make_request(PROMPT, 9))
     engine.step()
-    engine._device.pool[engine._loop.scheduler.table.pages(answer.ticket.pages)[1], 2, 1] += 1
+    engine._device.pool[engine._loop.scheduler.pages(0, answer.ticket.pages)[1], 2, 1] += 1
     engine.step()
     assert answer.failed and isinstance(answer.heard[-1].error, CanaryError)
 

@@ -11,7 +11,7 @@ from mla_jax import steps
 from mla_jax.cache import PoolExhausted
 from mla_jax.sampler import SamplingParams
 from mla_jax.serve import scheduler as scheduler_lib
-from mla_jax.serve.device import Row
+from mla_jax.serve.device import Part, Row
 from mla_jax.serve.prefix import page_keys
 from mla_jax.serve.request import Request
 from mla_jax.serve.scheduler import Job, Scheduler
@@ -48,7 +48,7 @@ class Bench:
 
     def step(self, num_steps=1, fails=None):
         """Takes a step; `fails` is (phase, which call of it in this step). Returns the plan."""
-        kill_the_rest(self.device, self.scheduler)
+        kill_the_rest(self.device, [self.scheduler])
         calls = dict(self.device.calls)
         plan = self.scheduler.plan(lambda: num_steps)
         if plan is None:
@@ -124,7 +124,8 @@ class Bench:
             enter("prefill", [piece.job])
             self._owns(piece.job, piece.start, len(piece.tokens))
             pages = table.pages(piece.job.pages)
-            self.device.prefill(piece.tokens, piece.width, piece.start, pages, piece.job.root)
+            part = Part(tokens=piece.tokens, start=piece.start, pages=pages, reduction=piece.job.root)
+            self.device.prefill([part], piece.width)
             self.learn(piece.job.tokens[: piece.job.num_prompt - 1], piece.job.root)
             self.scheduler.wrote(piece)
         for group, num_steps in ((False, plan.num_steps), (True, 1)):
