@@ -55,6 +55,8 @@ def prepare(values: absl_flags.FlagValues) -> None:
 def describe_parts(model: generate_lib.Model) -> str:
     """Returns a line about what the devices of a loaded model have."""
     shard = model.run.shard
+    if shard.num_devices == 1:
+        return "--mesh has no effect: there is one device, and it has the whole model"
     num_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model.params))
     named = f"data={shard.data},expert={shard.expert},model={shard.model}"
     per_device = sharding_plan.cache_bytes(model.config, model.run, model.ctx_size)
