@@ -8,7 +8,7 @@ NAMES = ("coordinator", "num_processes", "process_id")  # given together, or not
 def define_hosts(values: flags.FlagValues) -> None:
     """Defines which process this is, and where the others are."""
     own = dict(flag_values=values)
-    text = "HOST:PORT of process 0, which has the front end; the same in all processes."
+    text = "HOST:PORT of process 0, which has the front end."
     flags.DEFINE_string("coordinator", None, text, **own)
     flags.DEFINE_integer("num_processes", None, "processes of the run.", lower_bound=1, **own)
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0 on.", lower_bound=0, **own)

@@ -33,6 +33,7 @@ _ALONE = {
     "prompt_cache": "knows a model by weights, of which each process has a part",
     "slot_save_path": "knows a model by weights, of which each process has a part",
 } | {name: "places a model within one process" for name in placement_flags.NAMES if name != "n_gpu_layers"}
+_GOODBYE = "process 0 has ended the run; goodbye"
 _HEAD_BYTES = 1 << 24  # of a file, with the header of most
 _SAMPLES, _SAMPLE_BYTES = 256, 1 << 16
 
@@ -73,7 +74,7 @@ def leading(values: absl_flags.FlagValues, command: str) -> Iterator[Any]:
         loading.tell(f"{place.name()} waits for the others at {place.address}")
         gathered = gathering.gather(place, about, values.join_seconds)
         leader = Leader(place, gathered.lines, lambda sentence: _leave(sentence, LOST))
-        gathering.join_jax(place, gathered.coordinator, values.join_seconds + _LONGER)
+        _join_jax(place, gathered, values)
     try:
         yield leader
     except Exception as error:
@@ -119,7 +120,7 @@ def follow(values: absl_flags.FlagValues, command: str) -> None:
     with _in_time(values.join_seconds, place):
         gathered = gathering.come(place, about, values.join_seconds)
         follower = Follower(place, *gathered.lines, _leave_leader)
-        gathering.join_jax(place, gathered.coordinator, values.join_seconds + _LONGER)
+        _join_jax(place, gathered, values)
     loading.tell(f"{place.name()} follows {place.address}")
     try:
         model = loading.load(values)
@@ -127,6 +128,12 @@ def follow(values: absl_flags.FlagValues, command: str) -> None:
         follower.tell(error)
         raise
     follower.follow(model.params, model.config, model.run)
+    loading.tell(_GOODBYE)
+
+
+def _join_jax(place, gathered, values):
+    os.environ["no_grpc_proxy"] = "127.0.0.1"  # where JAX's connections begin, whatever proxy there is
+    gathering.join_jax(place, gathered.coordinator, values.join_seconds + _LONGER)
 
 
 def _place(values):
@@ -225,14 +232,13 @@ def _in_time(seconds, place):
 
 def _leave(sentence, code):
     """Ends the process here and now: other threads may wait for ever."""
-    if sentence is not None:
-        loading.tell(f"mla-jax: {sentence}")
+    loading.tell(f"mla-jax: {sentence}")
     os._exit(code)
 
 
 def _leave_leader(sentence):
     if sentence is not None:
         _leave(sentence, LOST)
-    loading.tell("process 0 has ended the run; goodbye")
     time.sleep(_END_SECONDS)  # the main thread is quicker, unless it waits in a step
-    _leave(None, 0)
+    loading.tell(_GOODBYE)
+    os._exit(0)

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mla_jax import steps
 from mla_jax.cache import Cache
@@ -104,7 +103,8 @@ class Leader:
                 payload = line_lib.pack(told)
                 for line in self._lines:
                     line.send_packed(payload)
-                return _at_hand(told["call"], do())
+                result = do()
+                return jax.block_until_ready(result) if told["call"] in _READ_AT_ONCE else result
             except Exception as error:
                 self._verdict.wait(_VERDICT_SECONDS)
                 self._raise_if_lost()
@@ -200,7 +200,7 @@ class Follower:
         arguments = zip(_ARGUMENTS[name], message["arguments"], strict=True)
         values = [_unpacked(kind, value, params, self._layers) for kind, value in arguments]
         settings = {key: static[key] for key in message["settings"]}
-        result = _at_hand(name, getattr(self._programs, name)(*values, **settings))
+        result = getattr(self._programs, name)(*values, **settings)
         for part in jax.tree.leaves(jax.block_until_ready(result), is_leaf=_is_cache):
             if _is_cache(part):
                 self._layers = part.layers
@@ -222,15 +222,6 @@ class Follower:
         self._messages.put(None)
         if sentence is None:
             self._left(None)
-
-
-def _at_hand(name, result):
-    """Returns what is read at once whole in every process, also where each had computed a part of it."""
-    if name not in _READ_AT_ONCE:
-        return result
-    is_here = lambda leaf: _is_cache(leaf) or leaf.is_fully_addressable or leaf.is_fully_replicated
-    whole = lambda leaf: leaf if is_here(leaf) else multihost_utils.process_allgather(leaf, tiled=True)
-    return jax.block_until_ready(jax.tree.map(whole, result, is_leaf=_is_cache))
 
 
 def _is_cache(part):

@@ -27,6 +27,7 @@ _GREETING = "mla-jax hosts 1"
 _GREETING_BYTES = 1 << 16
 _GREETING_SECONDS = 10.0  # that a stranger may take to say who it is
 _MAX_STRANGERS = 64  # at a time
+_GRACE_SECONDS = 3.0  # for process 0 to say who did not come
 _PAUSE = 0.2  # seconds between two tries to connect
 
 
@@ -233,7 +234,7 @@ def _ask(place, about, seconds):
         connection = None
         try:
             connection = socket.create_connection((place.host, place.port), timeout=_GREETING_SECONDS)
-            connection.settimeout(max(deadline - time.monotonic(), _PAUSE))
+            connection.settimeout(max(deadline - time.monotonic(), 0) + _GRACE_SECONDS)
             _say(connection, process=place.process_id, about=dict(about))
             return connection, _heard(connection)
         except (OSError, ValueError) as error:
