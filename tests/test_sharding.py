@@ -22,13 +22,10 @@ from mla_jax.presets import PRESETS
 
 NUM_PAGES, PAGE = 12, 64
 LAYOUTS = {
-    "tensor": dict(model=4),
     "expert": dict(expert=4),
-    "both": dict(expert=2, model=2),
-    "data": dict(data=2),
     "data, expert": dict(data=2, expert=2),
     "mixed": dict(data=2, expert=2, model=2),
-    "heads that do not divide": dict(model=8),
+    "tensor, heads that do not divide": dict(model=8),
     "sequence": dict(expert=2, model=2, splits_cache=True),
     "sequence, data": dict(data=2, model=2, splits_cache=True),
 }
@@ -103,14 +100,15 @@ def test_logits_are_those_of_one_device(checkpoint, expected, axes):
     chex.assert_trees_all_close(_two_calls(params, checkpoint.config, run), expected, atol=2e-5, rtol=1e-5)
 
 
-def test_kernels_of_the_cpu_run_on_every_device(checkpoint, expected):
-    """They round activations to 8 bits, so the bound is theirs."""
+def test_kernels_of_the_cpu_run_on_every_device(checkpoint):
+    """They round activations to 8 bits, after sums in another order: a token may take another expert."""
     params, run = _on_mesh(checkpoint, RunConfig(cache_type="f32"), data=2, expert=2, model=2)
     with jax.default_matmul_precision("default"):
         found = _two_calls(params, checkpoint.config, run)
         alone = _two_calls(checkpoint.params, checkpoint.config, RunConfig(cache_type="f32"))
-    chex.assert_trees_all_close(found, expected, atol=0.1, rtol=0.1)
-    chex.assert_trees_all_close(found, alone, atol=5e-3, rtol=5e-3)
+    for one, other in zip(found, alone, strict=True):
+        is_near = np.isclose(one, other, atol=1e-2, rtol=1e-2).all(axis=-1)
+        assert is_near.mean() > 0.9, is_near
 
 
 @pytest.mark.parametrize(
@@ -132,11 +130,10 @@ def test_published_shapes_in_small(tmp_path, name, axes):
     ("settings", "axes"),
     [
         (dict(cache_type="q8_0", hadamard_size=64), dict(model=2, splits_cache=True)),
-        (dict(cache_type="q4_0", cache_type_rope="f16"), dict(model=2)),
         (dict(mla=0, cache_type="q8_0"), dict(data=2, model=2)),
         (dict(mla=1, flash=False), dict(model=2, splits_cache=True)),
     ],
-    ids=["q8_0, split", "q4_0", "mode 0", "mode 1, split"],
+    ids=["q8_0, split", "mode 0", "mode 1, split"],
 )
 def test_every_kind_of_cache(tmp_path, settings, axes):
     checkpoint = _load(tmp_path, sizes=dict(heads=2, kv_lora=64, rope=64, nope=64))
@@ -146,8 +143,7 @@ def test_every_kind_of_cache(tmp_path, settings, axes):
     chex.assert_trees_all_close(_two_calls(params, checkpoint.config, run), expected, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("axes", [dict(data=2, expert=2), dict(model=2, splits_cache=True)], ids=str)
-def test_steps_draw_what_one_device_draws(checkpoint, axes):
+def test_steps_draw_what_one_device_draws(checkpoint):
     """With SER in two of the sequences, and penalties that look back."""
 
     def draw(params, run):
@@ -168,22 +164,33 @@ def test_steps_draw_what_one_device_draws(checkpoint, axes):
 
     expected = draw(checkpoint.params, RunConfig(cache_type="f32"))
     assert len(np.unique(expected[0][:, :6])) > 8
+    axes = dict(data=2, expert=2, splits_cache=True)
     chex.assert_trees_all_equal(draw(*_on_mesh(checkpoint, RunConfig(cache_type="f32"), **axes)), expected)
+
+
+def _lowered(checkpoint, axes):
+    """Returns the run, and a decode step of it."""
+    params, run = _on_mesh(checkpoint, RunConfig(), **axes)
+    inputs = np.zeros((4, 1), np.int32), _pool(run, checkpoint.config)
+    call = jax.jit(functools.partial(apply, config=checkpoint.config, run=run))
+    return run, call.lower(params, *inputs, pages=_tables(run))
 
 
 @pytest.mark.parametrize("axes", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_lowered_step_has_the_planned_collectives(checkpoint, axes):
-    params, run = _on_mesh(checkpoint, RunConfig(), **axes)
-    inputs = np.zeros((4, 1), np.int32), _pool(run, checkpoint.config)
-    call = jax.jit(functools.partial(apply, config=checkpoint.config, run=run))
-    text = call.lower(params, *inputs, pages=_tables(run)).as_text()
+    run, lowered = _lowered(checkpoint, axes)
+    text = lowered.as_text()
     planned = sharding_plan.collectives(checkpoint.config, run)
     for kind in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all"):
         found = len(re.findall(rf"stablehlo\.{kind.replace('-', '_')}\b", text))
         assert found == sum(step.count for step in planned if step.kind == kind), kind
-    compiled = call.lower(params, *inputs, pages=_tables(run)).compile().as_text()
-    gathered = re.findall(r"= (\S+?)\[([\d,]*)\]\S* all-gather", compiled)
-    assert all(kind in ("f32", "s32") for kind, _ in gathered)  # blocks are u8
+
+
+def test_no_weight_is_gathered(checkpoint):
+    """Blocks are u8."""
+    _, lowered = _lowered(checkpoint, LAYOUTS["mixed"])
+    gathered = re.findall(r"= (\w+)\[[\d,]*\]\S* all-gather\(", lowered.compile(FAST).as_text())
+    assert gathered and set(gathered) <= {"f32", "s32"}
 
 
 @pytest.mark.parametrize("model", ["deepseek-v3", "deepseek-v2-lite"])
