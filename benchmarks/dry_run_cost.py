@@ -9,6 +9,7 @@ The rates that machines reach are a share of what is on their data sheets: `ASSU
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -65,10 +66,7 @@ class Machine:
     @property
     def num_devices(self) -> int:
         """Devices of the machine."""
-        count = 1
-        for size in self.axes.values():
-            count *= size
-        return count
+        return math.prod(self.axes.values())
 
 
 _H200 = dict(memory=141e9, reserve=10e9, bandwidth=4.8e12, peak=989e12, has_gpus=True)

@@ -5,7 +5,6 @@ those of this process's devices are read; where they share out columns, all rows
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
@@ -81,13 +80,16 @@ def place_weight(rows: Rows, path: str, shape: tuple[int, ...], config: ModelCon
     """
     mesh = sharding.device_mesh(shard)
     local = sharding.part_shape(path, shape, config, shard)
-    read = functools.cache(lambda part: _read(rows, part, shape, local))
-    arrays = []
+    parts = {}
     for place, device in np.ndenumerate(mesh.devices):
         if device.process_index == jax.process_index():
             ranges = _ranges_of(path, shape, config, shard, dict(zip(AXES, place, strict=True)))
-            weight = read(_part(ranges, shape))
-            arrays.append(jax.tree.map(lambda leaf, to=device: jax.device_put(leaf, to), weight))
+            parts[device] = _part(ranges, shape)
+    weights = _read(rows, set(parts.values()), local)
+    arrays = [
+        jax.tree.map(lambda leaf, to=device: jax.device_put(leaf, to), weights[part])
+        for device, part in parts.items()
+    ]
 
     def join(spec, *leaves):
         counts = [sharding.num_parts(shard, axis) for axis in sharding.logical_axes(path)[: len(spec)]]
@@ -140,36 +142,59 @@ def _merged(runs) -> Iterator[_Run]:
     yield last
 
 
-def _read(rows: Rows, part: _Part, shape: tuple[int, ...], local: tuple[int, ...]) -> Weight:
-    """Returns a part in host memory; padding is zeros."""
-    like = rows(0, 0)
-    block_size = quant.FORMATS[like.format].block_size if isinstance(like, quant.QuantizedTensor) else 1
-    num_blocks = shape[-1] // block_size
-    first, there, count = (n // block_size for n in dataclasses.astuple(part.columns))
-    num_rows = sum(run.count for run in part.runs)
-    has_columns = lambda path: not (path and getattr(path[-1], "name", "") == "header")
-
-    def empty(path, leaf):
-        widths = (count, *leaf.shape[2:]) if has_columns(path) else leaf.shape[1:]
-        size = num_rows * math.prod(widths)
-        data = aligned_empty(size * leaf.dtype.itemsize)
-        data[:] = 0
-        return data.view(leaf.dtype).reshape(num_rows, *widths)
-
-    out = jax.tree_util.tree_map_with_path(empty, like)
+def _read(rows: Rows, parts: set[_Part], local: tuple[int, ...]) -> dict[_Part, Weight]:
+    """Returns parts in host memory, by part; rows that several have columns of are read once."""
+    like, found = rows(0, 0), {}
     row_bytes = sum(leaf.dtype.itemsize * math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(like))
-    step, at = max(1, _PIECE_BYTES // max(1, row_bytes)), 0
+    step = max(1, _PIECE_BYTES // max(1, row_bytes))
+    for runs in {part.runs for part in parts}:
+        columns = {part: _Columns(part.columns, like) for part in parts if part.runs == runs}
+        out = {part: cut.empty(sum(run.count for run in runs)) for part, cut in columns.items()}
+        at = 0
+        for run in runs:
+            for begin in range(0, run.there, step):
+                end = min(begin + step, run.there)
+                piece = rows(run.start + begin, run.start + end)
+                for part, cut in columns.items():
+                    cut.fill(out[part], piece, at + begin)
+            at += run.count
+        for part, weight in out.items():
+            found[part] = jax.tree.map(lambda leaf: leaf.reshape(*local[:-1], *leaf.shape[1:]), weight)
+    return found
 
-    def fill(path, target, piece, start):
-        if has_columns(path) and there < num_blocks:
-            target[start : start + len(piece), :there] = piece[:, first : first + there]
-        else:
-            target[start : start + len(piece)] = piece
 
-    for run in part.runs:
-        for begin in range(0, run.there, step):
-            end = min(begin + step, run.there)
-            piece = rows(run.start + begin, run.start + end)
-            jax.tree_util.tree_map_with_path(functools.partial(fill, start=at + begin), out, piece)
-        at += run.count
-    return jax.tree.map(lambda leaf: leaf.reshape(*local[:-1], *leaf.shape[1:]), out)
+class _Columns:
+    """A range of the columns of a matrix, in blocks."""
+
+    def __init__(self, run: _Run, like: Weight):
+        is_quantised = isinstance(like, quant.QuantizedTensor)
+        block_size = quant.FORMATS[like.format].block_size if is_quantised else 1
+        self._first, self._there, self._count = (n // block_size for n in dataclasses.astuple(run))
+        self._like = like
+
+    def empty(self, num_rows: int) -> Weight:
+        """Returns zeros for so many rows."""
+
+        def zeros(path, leaf):
+            widths = leaf.shape[1:] if _is_header(path) else (self._count, *leaf.shape[2:])
+            data = aligned_empty(num_rows * math.prod(widths) * leaf.dtype.itemsize)
+            data[:] = 0
+            return data.view(leaf.dtype).reshape(num_rows, *widths)
+
+        return jax.tree_util.tree_map_with_path(zeros, self._like)
+
+    def fill(self, out: Weight, piece: Weight, start: int) -> None:
+        """Writes the columns of rows, of which `start` are before."""
+
+        def write(path, target, rows):
+            places = slice(start, start + len(rows))
+            if _is_header(path):
+                target[places] = rows
+            else:
+                target[places, : self._there] = rows[:, self._first : self._first + self._there]
+
+        jax.tree_util.tree_map_with_path(write, out, piece)
+
+
+def _is_header(path):
+    return bool(path) and getattr(path[-1], "name", "") == "header"

@@ -17,12 +17,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mla_jax import quant
-from mla_jax.cache import Cache
+from mla_jax.cache import PAGE_SIZE, Cache
 from mla_jax.config import MLAMode, ModelConfig, RunConfig, Shard, Sizes
 from mla_jax.nn.collectives import AXES, DATA, EXPERT, GROUP, MODEL
 from mla_jax.nn.moe import ExpertReduction
 from mla_jax.quant.tensor import Weight
 
+MAX_DEVICES = 4096
 MESH_AXES = {
     "vocabulary": GROUP,
     "heads": GROUP,
@@ -94,6 +95,12 @@ class MeshChoice:
     axes: Mapping[str, int] | None = None
     splits_cache: bool = False
 
+    def __post_init__(self):
+        for name, size in (self.axes or {}).items():
+            if name not in AXES or not isinstance(size, int) or size < 1:
+                names = ", ".join(AXES)
+                raise ValueError(f"axes must be of {names}, with devices each, got {name!r}: {size!r}.")
+
 
 def logical_axes(path: str) -> tuple[str | None, ...]:
     """Returns the logical axis of each axis of the weight at `path`, None for one that is not shared out.
@@ -145,11 +152,19 @@ def make_shard(
       splits_cache: see `Shard`.
 
     Raises:
-      ValueError: if an axis has no device, or a weight has no rule.
+      ValueError: if an axis has no device or the mesh too many, a page cannot be split among a group, or a
+        weight has no rule.
     """
     for name, size in zip(AXES, (data, expert, model), strict=True):
         if size < 1:
             raise ValueError(f"the axis {name} of a mesh must have at least one device, got {size}.")
+    if data * expert * model > MAX_DEVICES:
+        raise ValueError(f"a mesh must have at most {MAX_DEVICES} devices, got {data * expert * model}.")
+    if splits_cache and PAGE_SIZE % (expert * model):
+        raise ValueError(
+            f"a cache is split among a number of devices that divides the {PAGE_SIZE} tokens of a page, "
+            f"got {expert * model} along expert and model."
+        )
     whole, units = config.sizes, dict.fromkeys(SHARED, 1)
     for weight in weights:
         axis = logical_axes(weight.path)[-1]
@@ -213,7 +228,7 @@ def device_mesh(shard: Shard) -> Mesh:
     """Returns the mesh: the first devices that JAX has, of all processes.
 
     Raises:
-      ValueError: if there are too few.
+      ValueError: if there are too few, or a process has none of them.
     """
     sizes, devices = (shard.data, shard.expert, shard.model), jax.devices()
     if shard.num_devices > len(devices):
@@ -222,7 +237,13 @@ def device_mesh(shard: Shard) -> Mesh:
             f"the mesh {named} must have at most the {len(devices)} devices that there are, "
             f"got {shard.num_devices}."
         )
-    return Mesh(np.asarray(devices[: shard.num_devices]).reshape(sizes), AXES)
+    devices = devices[: shard.num_devices]
+    if len({device.process_index for device in devices}) < jax.process_count():
+        raise ValueError(
+            f"each of the {jax.process_count()} processes must have devices of the mesh, but the first "
+            f"{shard.num_devices} of {jax.device_count()} devices are of fewer: name a mesh of all."
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
 def weight_spec(path: str, weight: Weight):

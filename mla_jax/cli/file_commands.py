@@ -37,6 +37,11 @@ def plan(values):
     )
     planned = [checkpoints_tools.plan(values.model, ctx_size=values.ctx_size, run=run)]
     if mesh_lib.choice(values) is not None:
+        for name in ("n_gpu_layers", "ubatch_size", "device_memory"):
+            if values[name].present:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} must not come with --mesh: a plan needs it not."
+                )
         planned += ["", mesh_lib.plan(values, run)]
     elif placing.is_asked(values):
         planned += ["", placing.plan(values, run)]

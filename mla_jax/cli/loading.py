@@ -63,9 +63,14 @@ def load(values: absl_flags.FlagValues, *, on_one_device: bool = False, **more: 
     seconds = time.perf_counter() - started
     tell(f"loaded {values.model} in {seconds:.1f} s; context {model.ctx_size} tokens; {told}")
     per_token = bytes_per_token(model.config, model.run)
-    tell(f"cache: {per_token:,} bytes a token, {per_token * model.ctx_size / 2**20:.1f} MiB in all")
+    where = "for each group of the mesh" if mesh else "in all"
+    tell(f"cache: {per_token:,} bytes a token, {per_token * model.ctx_size / 2**20:.1f} MiB {where}")
     if mesh is not None:
         tell(mesh_lib.describe_parts(model))
+        if 0 < values.n_gpu_layers <= model.config.num_layers:
+            tell(
+                f"-ngl {values.n_gpu_layers} has no effect with --mesh, whose devices have parts of all layers"
+            )
         if values.mmap:
             tell("--mmap has no effect with --mesh: parts of weights are read")
     if values.mlock:
@@ -130,8 +135,7 @@ def expert_reduction(values: absl_flags.FlagValues):
 
 def _lock(params):
     try:
-        leaves = jax.tree.leaves(params)
-        num_bytes = memory.lock([part.data for leaf in leaves for part in leaf.addressable_shards])
+        num_bytes = memory.lock(jax.tree.leaves(params))
         tell(f"--mlock: weights of {num_bytes / 2**30:.2f} GiB are locked in memory")
     except OSError as error:
         tell(f"--mlock: not all weights are locked in memory: {error}")

@@ -13,6 +13,8 @@ from mla_jax.cli.argv import UsageError
 from mla_jax.config import RunConfig
 from mla_jax.sharding import MeshChoice
 
+_MOST_OF_A_CPU = 64  # devices; each takes threads and memory of its own
+
 
 def choice(values: absl_flags.FlagValues) -> MeshChoice | None:
     """Returns the mesh of a command line, None without one; not every command has the flags.
@@ -48,8 +50,11 @@ def prepare(values: absl_flags.FlagValues) -> None:
             f"--mesh {values.mesh} must have a multiple of the {num_processes} processes of devices, "
             f"got {num_devices}."
         )
+    num_own = num_devices // num_processes
+    if num_own > _MOST_OF_A_CPU:
+        raise UsageError(f"--mesh must have at most {_MOST_OF_A_CPU} devices in a process, got {num_own}.")
     if num_processes > 1 or jax.config.jax_num_cpu_devices < num_devices:
-        jax.config.update("jax_num_cpu_devices", num_devices // num_processes)
+        jax.config.update("jax_num_cpu_devices", num_own)
 
 
 def describe_parts(model: generate_lib.Model) -> str:

@@ -84,7 +84,7 @@ def by_experts(
 
 
 def all_over_data(is_true: jax.Array, shard: Shard | None) -> jax.Array:
-    """Returns whether a bool[] is true on every device along `data`, which must leave a loop together."""
+    """Returns whether a bool[] is true on every device of a mesh with `data`, which leave a loop together."""
     if shard is None or shard.data == 1:
         return is_true
-    return jax.lax.pmin(is_true.astype(jnp.int32), DATA) > 0
+    return jax.lax.pmin(is_true.astype(jnp.int32), AXES) > 0

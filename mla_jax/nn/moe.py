@@ -34,7 +34,7 @@ class ExpertReduction:
     Attributes:
       minimum: i32[B], or i32[L, B] for a value per layer: experts that are kept whatever they score.
       threshold: f32 like `minimum`: the others are kept from this share of the best score on, the bias of the
-        router in both. 1 keeps `minimum` and exact ties with the best, 0 keeps all.
+        router in both. 1 keeps `minimum` and exact ties with the best, 0 keeps all, infinity `minimum` alone.
       temperature: None drops; a float32[] above 0 keeps all and multiplies the weights beyond `minimum` by
         sigmoid((score - threshold * best score) / temperature), which has a gradient in `threshold`.
 
@@ -58,7 +58,8 @@ class ExpertReduction:
 
 def _share_kept(score_XK, reduction):
     """Returns f32[X, K]: 1 for an expert that is kept, 0 for one that is dropped."""
-    bar_X1 = reduction.threshold[:, None] * score_XK[:, :1]
+    threshold_X1 = reduction.threshold[:, None]
+    bar_X1 = jnp.where(jnp.isinf(threshold_X1), jnp.inf, threshold_X1 * score_XK[:, :1])
     is_safe_XK = jnp.arange(score_XK.shape[1], dtype=jnp.int32)[None] < reduction.minimum[:, None]
     is_safe_XK |= (reduction.threshold <= 0)[:, None]
     if reduction.temperature is None:

@@ -166,7 +166,7 @@ class Device:
     def decode(self, rows: Sequence[Row], num_steps: int) -> list[list[int]]:
         """Draws up to `num_steps` tokens for each row, fewer if all have drawn one that ends a text.
 
-        Rows are those of the first group, then those of the next one, at most a batch of each.
+        There are at most as many rows of each group as a batch has.
         """
         rows, places = self._padded(rows)
         drawn, taken, _, cache = self._steps.decode(
@@ -183,10 +183,7 @@ class Device:
         return drawn[places, :taken].tolist()
 
     def draw(self, rows: Sequence[Row]) -> list[tuple[int, Logprobs | None]]:
-        """Draws a token for each row under its bias and mask, with its logprobs where they are wanted.
-
-        Rows are in the order that `decode` wants.
-        """
+        """Draws a token for each row under its bias and mask, with its logprobs where they are wanted."""
         padded, places = self._padded(rows)
         drawn, told, cache = self._steps.draw(
             self._params,
@@ -205,28 +202,28 @@ class Device:
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies pages (source, target); no target is a source."""
-        for first in range(0, len(pairs), MAX_ROWS):
-            sources, targets = (
-                self._pages(part, MAX_ROWS) for part in zip(*pairs[first : first + MAX_ROWS], strict=True)
-            )
+        for some in _pieces(pairs) if pairs else ():
+            sources, targets = (self._pages(part, MAX_ROWS) for part in zip(*some, strict=True))
             self._layers = self._steps.copy_pages(self._cache([0]), sources, targets).layers
 
     def take(self, pages: Sequence[int]):
-        """Returns the rows of some pages of a group in arrays of the host."""
-        padded = self._pages(pages, self._group_pages)
-        layers = jax.device_get(self._steps.take_pages(self._cache([0]), padded))
-        return jax.tree.map(lambda part: part[: len(pages)].copy(), layers)
+        """Returns the rows of some pages in arrays of the host."""
+        taken = [
+            jax.device_get(self._steps.take_pages(self._cache([0]), self._pages(some, MAX_ROWS)))
+            for some in _pieces(pages)
+        ]
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(pages)], *taken)
 
     def put(self, pages: Sequence[int], layers) -> None:
         """Writes what `take` returned to as many pages."""
-
-        def padded(part):
-            whole = np.zeros((self._group_pages, *part.shape[1:]), part.dtype)
-            whole[: len(part)] = part
-            return whole
-
-        pages, layers = self._pages(pages, self._group_pages), jax.tree.map(padded, layers)
-        self._layers = self._steps.put_pages(self._cache([0]), pages, layers).layers
+        padding = -len(pages) % MAX_ROWS or (0 if pages else MAX_ROWS)
+        whole = lambda part: np.concatenate([part, np.zeros((padding, *part.shape[1:]), part.dtype)])
+        layers = jax.tree.map(whole, layers)
+        for index, some in enumerate(_pieces(pages)):
+            rows = slice(index * MAX_ROWS, (index + 1) * MAX_ROWS)
+            piece = jax.tree.map(lambda part, rows=rows: part[rows], layers)
+            numbers = self._pages(some, MAX_ROWS)
+            self._layers = self._steps.put_pages(self._cache([0]), numbers, piece).layers
 
     def save(self, path, tokens: Sequence[int], layers, expert_reduction: str) -> int:
         """Writes rows that `take` returned and their tokens, see `cache.save`, and returns the bytes."""
@@ -302,13 +299,15 @@ class Device:
     def _padded(self, rows):
         """Returns as many rows of each group, and where `rows` are among them."""
         groups = [[] for _ in range(self.num_groups)]
-        for row in rows:
-            groups[self._group(row.pages)].append(row)
+        for index, row in enumerate(rows):
+            groups[self._group(row.pages)].append(index)
         size = next(size for size in self.batches if size >= max(map(len, groups)))
-        padded, places = [], []
+        padded, places = [], [0] * len(rows)
         for own in groups:
-            places += range(len(padded), len(padded) + len(own))
-            padded += own + [own[0] if own else self._no_row] * (size - len(own))
+            for index in own:
+                places[index] = len(padded)
+                padded.append(rows[index])
+            padded += [rows[own[0]] if own else self._no_row] * (size - len(own))
         return padded, places
 
     def _inputs(self, rows):
@@ -334,6 +333,11 @@ class Device:
             for j, (token, bias) in enumerate(row.bias):
                 constraints.bias_ids[i, j], constraints.bias[i, j] = token, bias
         return constraints
+
+
+def _pieces(pages):
+    """Returns pages some at a time, an empty piece of none."""
+    return [pages[first : first + MAX_ROWS] for first in range(0, max(len(pages), 1), MAX_ROWS)]
 
 
 def _batches(max_rows):

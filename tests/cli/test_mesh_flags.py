@@ -46,6 +46,8 @@ def test_the_plan_of_a_mesh(run):
         (("--mesh", "model=2", "--cpu-moe"), "--cpu-moe must not come with --mesh"),
         (("--mesh", "model=2", "-mla", "0", "--split-cache"), "a cache that devices split must hold latents"),
         (("--mesh", "model=2", "--expert-stats"), "--expert-stats counts experts on one device alone"),
+        (("--mesh", "model=65"), "--mesh must have at most 64 devices in a process, got 65."),
+        (("--mesh", "expert=3", "--split-cache"), "a number of devices that divides the 64 tokens of a page"),
         (("--mesh", "model=64"), "the mesh data=1,expert=1,model=64 must have at most the 8 devices"),
     ],
     ids=lambda flags: " ".join(flags) if isinstance(flags, tuple) else "",

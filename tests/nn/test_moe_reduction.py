@@ -34,7 +34,7 @@ def _reduction(minimum, threshold, temperature=None):
 def select_by_definition(probs, score, minimum, threshold, config):
     """One token: sort by (score, lowest id), keep the first `minimum`, then who reaches the bar."""
     order = sorted(range(len(probs)), key=lambda e: (-score[e], e))[: config.num_experts_per_token]
-    bar = threshold * score[order[0]]
+    bar = np.inf if np.isinf(threshold) else threshold * score[order[0]]
     is_off = threshold <= 0
     kept = [e for rank, e in enumerate(order) if is_off or rank < minimum or score[e] >= bar]
     total = sum(probs[e] for e in kept) if config.normalize_weights else 1.0
@@ -56,7 +56,7 @@ def test_selection_is_the_definition(name, num_used):
     probs = rng.integers(1, 9, (X, E)).astype(np.float32) / 8
     bias = rng.integers(-10, 5, E).astype(np.float32) / 8 if config.has_selection_bias else None
     minimum = rng.integers(1, E + 2, X)
-    threshold = np.float32(rng.choice([0, 0.2, 0.4, 1, 2], X))
+    threshold = np.float32(rng.choice([0, 0.2, 0.4, 1, 2, np.inf], X))
     select = jax.jit(functools.partial(moe.select_experts, config=config))
     ids, weights = map(np.asarray, select(probs, bias, reduction=_reduction(minimum, threshold)))
     score = probs if bias is None else probs + bias
