@@ -15,6 +15,7 @@ import jax
 from absl import flags as absl_flags
 
 import checkpoints_tools
+import cpu_kernels
 from mla_jax import steps
 from mla_jax.cli import flags as flags_lib
 from mla_jax.cli import host_flags, loading, placement_flags
@@ -33,6 +34,8 @@ _ALONE = {
     "prompt_cache": "knows a model by weights, of which each process has a part",
     "slot_save_path": "knows a model by weights, of which each process has a part",
 } | {name: "places a model within one process" for name in placement_flags.NAMES if name != "n_gpu_layers"}
+_KEY_VARIABLE = "MLA_JOIN_KEY"
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 _GOODBYE = "process 0 has ended the run; goodbye"
 _HEAD_BYTES = 1 << 24  # of a file, with the header of most
 _SAMPLES, _SAMPLE_BYTES = 256, 1 << 16
@@ -69,10 +72,12 @@ def leading(values: absl_flags.FlagValues, command: str) -> Iterator[Any]:
         return
     _refuse(values)
     about = _about(values, command, place)
+    if place.num_processes > 1 and not values.mesh:
+        loading.tell("without --mesh every process computes the whole model")
     _keep_stdout()
     with _in_time(values.join_seconds, place):
         loading.tell(f"{place.name()} waits for the others at {place.address}")
-        gathered = gathering.gather(place, about, values.join_seconds)
+        gathered = gathering.gather(place, about, values.join_seconds, key=_key())
         leader = Leader(place, gathered.lines, lambda sentence: _leave(sentence, LOST))
         _join_jax(place, gathered, values)
     try:
@@ -118,7 +123,8 @@ def follow(values: absl_flags.FlagValues, command: str) -> None:
     _refuse(values)
     about = _about(values, command, place)
     with _in_time(values.join_seconds, place):
-        gathered = gathering.come(place, about, values.join_seconds)
+        gathered = gathering.come(place, about, values.join_seconds, key=_key())
+        _keep_stdout()
         follower = Follower(place, *gathered.lines, _leave_leader)
         _join_jax(place, gathered, values)
     loading.tell(f"{place.name()} follows {place.address}")
@@ -132,8 +138,19 @@ def follow(values: absl_flags.FlagValues, command: str) -> None:
 
 
 def _join_jax(place, gathered, values):
-    os.environ["no_grpc_proxy"] = "127.0.0.1"  # where JAX's connections begin, whatever proxy there is
+    if any(name.lower() in _PROXIES for name in os.environ):
+        direct = os.environ.get("no_grpc_proxy") or os.environ.get(
+            "no_proxy"
+        )  # gRPC reads the first there is
+        os.environ["no_grpc_proxy"] = ",".join(
+            filter(None, [direct, "127.0.0.1"])
+        )  # where its connections begin
+    jax.config.update("jax_check_proxy_envs", False)  # which would warn of what was just seen to
     gathering.join_jax(place, gathered.coordinator, values.join_seconds + _LONGER)
+
+
+def _key():
+    return os.fsencode(os.environ.get(_KEY_VARIABLE, ""))
 
 
 def _place(values):
@@ -175,10 +192,19 @@ def _about(values, command, place) -> dict[str, str]:
         "the version of mla-jax": importlib.metadata.version("mla-jax"),
         "the version of JAX": jax.__version__,
         **{_written(name): values[name].value for name in names},
+        "what computes": _computes(values),
         "the model": _digest(sorted({info.path for info in _tensors(values.model)})),
         "the adapters": ", ".join(f"{_digest_of(path)} times {s:g}" for path, s in loading.adapters(values)),
     }
     return {name: str(value) for name, value in found.items()}
+
+
+def _computes(values):
+    """Returns the device that the flags ask for: JAX must not be asked before it has joined the others."""
+    if values.n_gpu_layers:
+        return "a GPU"
+    best = cpu_kernels.instruction_sets()[:1]
+    return f"the CPU by kernels for {best[0]}" if best else "the CPU without kernels"
 
 
 def _tensors(path):
@@ -214,7 +240,8 @@ def _keep_stdout():
     sys.stdout.flush()
     kept = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    sys.stdout = os.fdopen(kept, "w", encoding=sys.stdout.encoding)
+    same = dict(encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    sys.stdout = os.fdopen(kept, "w", buffering=1 if sys.stdout.line_buffering else -1, **same)
 
 
 @contextlib.contextmanager

@@ -66,13 +66,7 @@ def load(values: absl_flags.FlagValues, *, on_one_device: bool = False, **more: 
     where = "for each group of the mesh" if mesh else "in all"
     tell(f"cache: {per_token:,} bytes a token, {per_token * model.ctx_size / 2**20:.1f} MiB {where}")
     if mesh is not None:
-        tell(mesh_lib.describe_parts(model))
-        if 0 < values.n_gpu_layers <= model.config.num_layers:
-            tell(
-                f"-ngl {values.n_gpu_layers} has no effect with --mesh, whose devices have parts of all layers"
-            )
-        if values.mmap:
-            tell("--mmap has no effect with --mesh: parts of weights are read")
+        _tell_of_mesh(values, model)
     if values.mlock:
         _lock(model.params)
     if (setting or layers) and reduction_lib.describe(model.expert_reduction) == "off":
@@ -87,6 +81,14 @@ def load(values: absl_flags.FlagValues, *, on_one_device: bool = False, **more: 
             f"the context is longer than the {model.config.context_length} tokens that the model was made for"
         )
     return model
+
+
+def _tell_of_mesh(values, model):
+    tell(mesh_lib.describe_parts(model))
+    if 0 < values.n_gpu_layers <= model.config.num_layers:
+        tell(f"-ngl {values.n_gpu_layers} is 999 with --mesh, whose devices have parts of all layers")
+    if values.mmap:
+        tell("--mmap has no effect with --mesh: parts of weights are read")
 
 
 def _segments(values, run, ubatch):

@@ -4,6 +4,7 @@ import pytest
 
 from mla_jax.cli import flags as flags_lib
 from mla_jax.cli import hosts, serve_flags
+from mla_jax.serve.hosts import gathering
 
 AT = ("--coordinator", "127.0.0.1:1234")
 RUN = (*AT, "--num-processes", "2", "--process-id", "0")
@@ -103,3 +104,41 @@ def test_what_decides_texts_is_compared_and_what_is_of_one_machine_is_not(tmp_pa
     blob[len(blob) // 2] ^= 1
     copy.write_bytes(blob)
     assert {key for key in plain if about(model=copy)[key] != plain[key]} == {"the model"}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "gpu_layers", "told"),
+    [
+        (("avx512", "avx2"), 0, "the CPU by kernels for avx512"),
+        ((), 0, "the CPU without kernels"),
+        (("avx2",), 999, "a GPU"),
+    ],
+    ids=["kernels", "none", "gpu"],
+)
+def test_what_computes_is_compared(monkeypatch, kernels, gpu_layers, told):
+    monkeypatch.setattr(hosts.cpu_kernels, "instruction_sets", lambda: kernels)
+    values = flags_lib.command_flags("generate")
+    values.mark_as_parsed()
+    values.n_gpu_layers = gpu_layers
+    assert hosts._computes(values) == told
+
+
+@pytest.mark.parametrize(
+    ("given", "direct"),
+    [
+        ({}, None),
+        ({"no_grpc_proxy": "a"}, "a"),
+        ({"HTTPS_PROXY": "http://p"}, "127.0.0.1"),
+        ({"grpc_proxy": "http://p", "no_grpc_proxy": "a"}, "a,127.0.0.1"),
+        ({"http_proxy": "http://p", "no_proxy": "b"}, "b,127.0.0.1"),
+    ],
+    ids=["none", "kept", "upper case", "appended", "of all programs"],
+)
+def test_a_proxy_is_passed_by_where_there_is_one(monkeypatch, given, direct):
+    monkeypatch.setattr(hosts.os, "environ", dict(given))
+    monkeypatch.setattr(hosts.gathering, "join_jax", lambda *args: None)
+    monkeypatch.setattr(hosts.jax.config, "update", lambda *args: None)
+    values = flags_lib.command_flags("generate")
+    values.mark_as_parsed()
+    hosts._join_jax(None, gathering.Gathered((), "a:1"), values)
+    assert hosts.os.environ.get("no_grpc_proxy") == direct

@@ -92,10 +92,13 @@ def test_a_line_ends_for_a_reason(ends, sent, how):
     assert lost.get(timeout=SECONDS) == how
 
 
-def test_what_is_no_message_is_told(ends):
+@pytest.mark.parametrize(
+    "sent", [b"\xc1 is no msgpack", b"\x07", b"\x81\x07\x07"], ids=["no msgpack", "a number", "no names"]
+)
+def test_what_is_no_message_is_told(ends, sent):
     near, far = ends
     _, _, lost = listening(near)
-    line_lib.send(far, b"\xc1 is no msgpack")
+    line_lib.send(far, sent)
     assert lost.get(timeout=SECONDS) == "it sent what is no message"
 
 
@@ -148,14 +151,19 @@ def test_processes_find_each_other():
     [
         (
             {"--ctx-size": "256"},
-            "--ctx-size must be the same in all processes, but process 1 has 256 and process 0 has 512.",
+            "--ctx-size must be the same in all processes, but process 1 has '256' and process 0 has '512'.",
         ),
         (
             {"the model": "def"},
-            "the model must be the same in all processes, but process 1 has def and process 0 has abc.",
+            "the model must be the same in all processes, but process 1 has 'def' and process 0 has 'abc'.",
+        ),
+        (
+            {"the model": "\x1b[2J" + "x" * 200},
+            "the model must be the same in all processes, but process 1 has "
+            f"'\\x1b[2J{'x' * 72} and process 0 has 'abc'.",
         ),
     ],
-    ids=["a flag", "the model"],
+    ids=["a flag", "the model", "what is not for a terminal"],
 )
 def test_processes_that_differ_are_refused(about, sentence):
     found = gather((1, about))
@@ -217,6 +225,70 @@ def test_strangers_are_sent_away():
                 assert stranger.recv(100) == b""
         one = Place(host="127.0.0.1", port=at.port, num_processes=2, process_id=1)
         close(gathering.come(one, ABOUT, SECONDS), first.result())
+
+
+def at_free_port(*, num_processes=2):
+    """Returns a function from process ids to places of one run."""
+    where = dict(host="127.0.0.1", port=relay.free_port(), num_processes=num_processes)
+    return lambda process_id: Place(**where, process_id=process_id)
+
+
+def greeted(stack, at, sent):
+    """Returns what process 0 answers, empty for a connection that it closes."""
+    connection = stack.enter_context(relay.reach(at.port))
+    connection.settimeout(SECONDS)
+    connection.sendall(sent)
+    with contextlib.suppress(ConnectionResetError):
+        return connection.recv(1000)
+    return b""
+
+
+@pytest.mark.parametrize("process", [0, 2, -1, 10**30], ids=["first", "beyond", "negative", "huge"])
+def test_who_is_no_process_of_the_run_is_refused_and_does_not_end_it(process):
+    at = at_free_port()
+    with futures.ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
+        first = pool.submit(gathering.gather, at(0), ABOUT, SECONDS)
+        assert b"--process-id must be in [1, 2)" in greeted(
+            stack, at(0), greeting(process=process, about=ABOUT)
+        )
+        assert b"--ctx-size must be" in greeted(
+            stack, at(0), greeting(process=process, about={"--ctx-size": "9"})
+        )
+        assert greeted(stack, at(0), greeting(process=True, about=ABOUT)) == b""
+        assert greeted(stack, at(0), greeting(process=1, about={"--ctx-size": [9]})) == b""
+        close(gathering.come(at(1), ABOUT, SECONDS), first.result())
+
+
+def test_who_comes_too_late_is_told():
+    at = at_free_port()
+    with futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(gathering.gather, at(0), ABOUT, SECONDS)
+        one = gathering.come(at(1), ABOUT, SECONDS)
+        first.result()
+        with pytest.raises(NotGathered, match=r"^the run has begun without this process\.$"):
+            gathering.come(at(1), ABOUT, SECONDS)
+        close(one, first.result())
+
+
+def test_a_key_keeps_others_out():
+    at = at_free_port()
+    with futures.ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
+        first = pool.submit(gathering.gather, at(0), ABOUT, SECONDS, key=b"right")
+        words = dict(process=1, about={"--ctx-size": "another"})
+        assert greeted(stack, at(0), greeting(**words)) == b""
+        for key in (b"wrong", b""):
+            with pytest.raises(NotGathered, match=r"gave no answer, .* another MLA_JOIN_KEY"):
+                gathering.come(at(1), ABOUT, 0.1, key=key)
+        one = gathering.come(at(1), ABOUT, SECONDS, key=b"right")
+        assert greeted(stack, at(0), greeting(process=1, about=ABOUT)) == b""
+        close(one, first.result())
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "a..b"], ids=["long", "empty"])
+@pytest.mark.parametrize("meet", [gathering.gather, gathering.come])
+def test_a_host_that_cannot_be_is_told(meet, host):
+    with pytest.raises(NotGathered, match=r"^--coordinator must have a host whose parts"):
+        meet(Place(host=host, port=1, num_processes=2, process_id=0), ABOUT, 1)
 
 
 @pytest.fixture(scope="module")
@@ -338,3 +410,17 @@ def test_who_watches_later_is_told_what_was_lost(params):
         told = []
         leader.watch(told.append)
         assert told == [sentence]
+
+
+def test_nobody_waits_for_who_cannot_be_told(params):
+    def fail(sentence):
+        raise ArithmeticError(sentence)
+
+    with led(params, RunConfig()) as (leader, follower, _, _):
+        leader.watch(fail)
+        follower._left = fail
+        with pytest.raises(ArithmeticError):
+            leader._lose("it is gone.")
+        assert leader._verdict.is_set()
+        with pytest.raises(Lost):
+            leader.init_pool(CONFIG, RunConfig(), batch=1, num_pages=2, page_size=64)

@@ -100,6 +100,7 @@ def test_the_text_is_that_of_one_process(start, alone, num_processes, flags):
     assert run.codes(*range(num_processes), seconds=START_SECONDS) == [0] * num_processes
     assert run.text() == alone
     for process_id in range(1, num_processes):
+        assert (run.folder / f"{process_id}.out").read_text() == ""
         assert f"process {process_id} of {num_processes} follows 127.0.0.1:" in run.told(process_id)
         assert "has ended the run" in run.told(process_id) and "failed" not in run.told(process_id)
 
@@ -171,6 +172,7 @@ def test_a_lost_process_ends_the_run(serve, num_processes, flags, sent, how):
 
 def test_followers_end_when_the_leader_is_killed(serve):
     run, _ = serve(2)
+    run.await_line(1, "^cache: ")  # the last line that loading tells
     run.processes[0].kill()
     assert run.codes(1) == [1]
     assert run.told(1).endswith("mla-jax: process 0 of 2 was lost: its connection has ended.\n")
@@ -179,6 +181,8 @@ def test_followers_end_when_the_leader_is_killed(serve):
 def test_processes_that_differ_do_not_run(start):
     run = start(2, "generate", of_leader=["-p", PROMPT, "-c", "512"], of_others=["-c", "256"])
     assert run.codes(0, 1, seconds=START_SECONDS) == [2, 2]
-    sentence = "--ctx-size must be the same in all processes, but process 1 has 256 and process 0 has 512."
+    sentence = (
+        "--ctx-size must be the same in all processes, but process 1 has '256' and process 0 has '512'."
+    )
     assert run.told(0).endswith(f"mla-jax: {sentence}\n") and run.told(1) == f"mla-jax: {sentence}\n"
     assert run.text() == ""

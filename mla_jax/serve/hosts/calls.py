@@ -120,7 +120,7 @@ class Leader:
         if "ready" in message:
             self._ready[line.process_id].set()
         elif "failed" in message:
-            self._lose(str(message["failed"]))
+            self._lose(line_lib.printable(message["failed"]))
 
     def _lose_line(self, line, how):
         self._lose(f"{self._place.name(line.process_id)} was lost: {how}.")
@@ -130,11 +130,13 @@ class Leader:
             if self._has_ended or self.lost is not None:
                 return
             self.lost = sentence
-        self._spread({"lost": sentence})
-        self._tell(sentence)
-        self._verdict.set()
-        for ready in self._ready.values():
-            ready.set()
+        try:
+            self._spread({"lost": sentence})
+            self._tell(sentence)
+        finally:
+            self._verdict.set()
+            for ready in self._ready.values():
+                ready.set()
 
     def _spread(self, message):
         """Tells all others as far as they can be told: a process that stands still reads nothing."""
@@ -209,7 +211,8 @@ class Follower:
         if "call" in message:
             self._messages.put(message)
         else:
-            self._end(message.get("lost"))
+            lost = message.get("lost")
+            self._end(None if lost is None else line_lib.printable(lost))
 
     def _end(self, sentence):
         with self._ending:
@@ -217,9 +220,11 @@ class Follower:
                 return
             self._has_ended = sentence is None
             self._verdict.set()
-        if sentence is not None:
-            self._left(sentence)
-        self._messages.put(None)
+        try:
+            if sentence is not None:
+                self._left(sentence)
+        finally:
+            self._messages.put(None)
         if sentence is None:
             self._left(None)
 

@@ -16,6 +16,7 @@ _LENGTH = struct.Struct("!Q")
 _BEAT = _LENGTH.pack(0)
 _PIECE = 1 << 20  # bytes handed to the system at a time: each of them may take `SILENT_SECONDS`
 _MAX_BYTES = 1 << 40  # of a message; rows of a whole pool are the largest
+_MAX_TOLD = 500  # characters of what another process says
 
 
 def send(connection: socket.socket, payload: bytes) -> None:
@@ -99,12 +100,12 @@ class Line:
             while True:
                 payload = receive(self._connection, _MAX_BYTES)
                 if payload:
-                    heard(serialization.msgpack_restore(payload))
+                    heard(_unpack(payload))
         except TimeoutError:
             lost(f"nothing was heard from it for {SILENT_SECONDS:g} seconds")
         except OSError:
             lost("its connection has ended")
-        except ValueError:
+        except Exception:  # whatever it is: nobody else would miss the peer
             lost("it sent what is no message")
 
     def _beat(self):
@@ -120,3 +121,15 @@ class Line:
 def pack(message: dict[str, Any]) -> bytes:
     """Returns the bytes of a message."""
     return serialization.msgpack_serialize(message)
+
+
+def printable(said: Any) -> str:
+    """Returns a sentence of another process without control characters, and not too long."""
+    return "".join(char for char in str(said)[:_MAX_TOLD] if char.isprintable())
+
+
+def _unpack(payload):
+    message = serialization.msgpack_restore(payload)
+    if not isinstance(message, dict) or not all(isinstance(name, str) for name in message):
+        raise ValueError("a message must be a dict by names.")
+    return message
