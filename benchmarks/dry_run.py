@@ -12,12 +12,15 @@ OUT.png; prints a table, and as its last line one JSON object.
 import dataclasses
 import functools
 import json
+import pathlib
 import sys
 import time
 
 import jax
 import numpy as np
 from absl import app, flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import dry_run_cost, machine
 from benchmarks.dry_run_cost import MACHINES
@@ -29,7 +32,9 @@ from mla_jax.config import ModelConfig, RunConfig
 from mla_jax.nn.transformer import lay_out
 
 _MODEL = flags.DEFINE_string("model", "deepseek-v3", "preset, or GGUF file.")
-_LAYERS = flags.DEFINE_integer("layers", None, "first layers alone, to be quick; all.", lower_bound=1)
+_LAYERS = flags.DEFINE_integer(
+    "layers", None, "of the model, the first ones, to be quick. [all]", lower_bound=1
+)
 _TOKENS = flags.DEFINE_integer("tokens", 32768, "tokens that the cache holds.", lower_bound=64)
 _BATCH = flags.DEFINE_integer("batch", 8, "sequences of a step.", lower_bound=1)
 _UBATCH = flags.DEFINE_integer("ubatch", 512, "prompt tokens of a prefill.", lower_bound=1)

@@ -61,11 +61,9 @@ def place(params, config: ModelConfig, shard: Shard):
         as_rows = lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[num_lead:])
         matrix = jax.tree.map(as_rows, weight)
         rows = lambda start, stop: jax.tree.map(lambda leaf: leaf[start:stop], matrix)
-        path = "/".join(entry.key for entry in path)
         return place_weight(rows, path, tuple(weight.shape), config, shard)
 
-    is_weight = lambda node: not isinstance(node, Mapping)
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
+    return sharding.map_weights(one, params)
 
 
 def place_weight(rows: Rows, path: str, shape: tuple[int, ...], config: ModelConfig, shard: Shard) -> Weight:

@@ -207,19 +207,28 @@ def auto_axes(config: ModelConfig, num_devices: int) -> dict[str, int]:
     return dict(expert=expert, model=num_devices // expert)
 
 
+def map_weights(function: Callable, params):
+    """Returns the tree of `function(path, weight)` of every weight; a path is as "layers_0/attn/q/weight"."""
+    is_weight = lambda node: not isinstance(node, Mapping)
+    of = lambda keys, weight: function("/".join(entry.key for entry in keys), weight)
+    return jax.tree_util.tree_map_with_path(of, params, is_leaf=is_weight)
+
+
 def describe(params) -> list[WeightInfo]:
     """Returns what is known of each weight; `ShapeDtypeStruct`s in place of arrays do."""
-    is_weight = lambda node: not isinstance(node, Mapping)
     found = []
-    for path, weight in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
+
+    def note(path, weight):
         is_quantised = isinstance(weight, quant.QuantizedTensor)
         info = WeightInfo(
-            path="/".join(entry.key for entry in path),
+            path=path,
             shape=tuple(weight.shape),
             block_size=quant.FORMATS[weight.format].block_size if is_quantised else 1,
             num_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight)),
         )
         found.append(info)
+
+    map_weights(note, params)
     return found
 
 
@@ -282,7 +291,6 @@ def abstract_params(params, config: ModelConfig, shard: Shard):
     """
 
     def one(path, weight):
-        path = "/".join(entry.key for entry in path)
         *lead, last = part_shape(path, tuple(weight.shape), config, shard)
         count = [num_parts(shard, axis) for axis in logical_axes(path)]
 
@@ -296,15 +304,12 @@ def abstract_params(params, config: ModelConfig, shard: Shard):
 
         return jax.tree.map(leaf_of, weight_spec(path, weight), weight)
 
-    is_weight = lambda node: not isinstance(node, Mapping)
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
+    return map_weights(one, params)
 
 
 def param_specs(params):
     """Returns the partition of every weight, see `weight_spec`."""
-    is_weight = lambda node: not isinstance(node, Mapping)
-    of_path = lambda path, weight: weight_spec("/".join(entry.key for entry in path), weight)
-    return jax.tree_util.tree_map_with_path(of_path, params, is_leaf=is_weight)
+    return map_weights(weight_spec, params)
 
 
 def cache_specs(run: RunConfig) -> Cache:

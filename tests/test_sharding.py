@@ -131,9 +131,8 @@ def test_published_shapes_in_small(tmp_path, name, axes):
     [
         (dict(cache_type="q8_0", hadamard_size=64), dict(model=2, splits_cache=True)),
         (dict(mla=0, cache_type="q8_0"), dict(data=2, model=2)),
-        (dict(mla=1, flash=False), dict(model=2, splits_cache=True)),
     ],
-    ids=["q8_0, split", "mode 0", "mode 1, split"],
+    ids=["q8_0, split", "mode 0"],
 )
 def test_every_kind_of_cache(tmp_path, settings, axes):
     checkpoint = _load(tmp_path, sizes=dict(heads=2, kv_lora=64, rope=64, nope=64))

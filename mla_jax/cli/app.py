@@ -89,6 +89,9 @@ _FAILED = 1
 _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
+_AGAIN_SECONDS = 0.05
+
+
 class _Terminated(BaseException):
     """The process was asked to end: files that are not whole yet are to be removed on the way out."""
 
@@ -145,11 +148,20 @@ def _raising_on_sigterm() -> Iterator[None]:
     def stop(number, frame):
         raise _Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def once_more(unraisable):
+        """Sends the signal again where the exception came up in a callback that lets none out, as JAX has."""
+        if unraisable.exc_type is _Terminated:
+            threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            hook(unraisable)
+
+    before, hook = signal.signal(signal.SIGTERM, stop), sys.unraisablehook
+    sys.unraisablehook = once_more
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
 
 
 def _sentence(error):
@@ -240,7 +252,7 @@ def _usage(name, values):
 
 def _help_row(flag, short):
     """Returns the spelling of a flag with its values, and what it does with its default."""
-    spelling = f"--{flag.name.replace('_', '-')}"
+    spelling = argv_lib.spelled(flag.name)
     if flag.boolean:
         spelling = f"--[no-]{spelling[2:]}" if flag.default else spelling
     else:

@@ -13,6 +13,11 @@ class UsageError(ValueError):
     """A command line that cannot be run; the message is one sentence for its writer."""
 
 
+def spelled(name: str) -> str:
+    """Returns how users write the flag `name`: `--ctx-size` of "ctx_size"."""
+    return f"--{name.replace('_', '-')}"
+
+
 PAIRS = ("lora_scaled",)  # flags that take two values
 OPTIONAL_VALUES = {"flash_attn": "on|off|auto", "fit": placement_flags.FIT}  # they may stand alone, for "on"
 

@@ -7,7 +7,7 @@ import sys
 import checkpoints_tools
 from mla_jax import corpus, presets
 from mla_jax.cli import expert_stats, hosts, loading, paths
-from mla_jax.cli.argv import UsageError
+from mla_jax.cli.argv import UsageError, spelled
 
 
 def generate(values):
@@ -115,9 +115,7 @@ def _prompt_cache(values):
     if values.prompt_cache is None:
         for name in ("prompt_cache_all", "prompt_cache_ro"):
             if values[name].value:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} must come with --prompt-cache, which names the file."
-                )
+                raise UsageError(f"{spelled(name)} must come with --prompt-cache, which names the file.")
         return None
     if values.prompt_cache_all and values.prompt_cache_ro:
         raise UsageError("--prompt-cache-all writes the file, so it must not come with --prompt-cache-ro.")

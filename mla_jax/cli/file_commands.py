@@ -18,7 +18,7 @@ from checkpoints_tools.inspect import columns
 from checkpoints_tools.model_file import check_model
 from mla_jax.cli import mesh as mesh_lib
 from mla_jax.cli import paths, placing
-from mla_jax.cli.argv import UsageError
+from mla_jax.cli.argv import UsageError, spelled
 from mla_jax.config import RunConfig
 
 _SIZE = re.compile(r"([0-9]{1,15})([KMG]?)B?", re.IGNORECASE)
@@ -39,9 +39,7 @@ def plan(values):
     if mesh_lib.choice(values) is not None:
         for name in ("n_gpu_layers", "ubatch_size", "device_memory"):
             if values[name].present:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} must not come with --mesh: a plan needs it not."
-                )
+                raise UsageError(f"{spelled(name)} must not come with --mesh, of which it says nothing.")
         planned += ["", mesh_lib.plan(values, run)]
     elif placing.is_asked(values):
         planned += ["", placing.plan(values, run)]
@@ -49,7 +47,7 @@ def plan(values):
         for name in ("cache_type_k", "ubatch_size", "device_memory", "type"):
             if values[name].present:
                 others = "-ot, --cpu-moe, --n-cpu-moe, -mg, --fit or --mesh"
-                raise UsageError(f"--{name.replace('_', '-')} must come with -ngl, {others}.")
+                raise UsageError(f"{spelled(name)} must come with -ngl, {others}.")
     _write("\n".join(planned))
 
 
@@ -96,7 +94,7 @@ def convert(values):
     uses = {"type": is_checkpoint, "keep_nextn": is_checkpoint, "dtype": to == "safetensors"}
     for name, is_used in uses.items():
         if values[name].present and not is_used:
-            raise UsageError(f"--{name.replace('_', '-')} has no effect on this conversion.")
+            raise UsageError(f"{spelled(name)} has no effect on this conversion.")
     if is_checkpoint:
         _from_checkpoint(values)
     elif not is_folder:

@@ -19,7 +19,7 @@ import cpu_kernels
 from mla_jax import steps
 from mla_jax.cli import flags as flags_lib
 from mla_jax.cli import host_flags, loading, placement_flags
-from mla_jax.cli.argv import UsageError
+from mla_jax.cli.argv import UsageError, spelled
 from mla_jax.serve.hosts import gathering
 from mla_jax.serve.hosts.calls import Follower, Leader
 from mla_jax.serve.hosts.gathering import Place
@@ -161,7 +161,7 @@ def _place(values):
         return None
     if len(given) < len(host_flags.NAMES):
         missing = next(name for name in host_flags.NAMES if name not in given)
-        raise UsageError(f"{_written(given[0])} must come with {_written(missing)}.")
+        raise UsageError(f"{spelled(given[0])} must come with {spelled(missing)}.")
     host, separator, port = values.coordinator.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     is_host = bool(separator and host) and not set(host) & set(" /@[]")
@@ -178,7 +178,7 @@ def _place(values):
 def _refuse(values):
     for name, why in _ALONE.items():
         if name in values and values[name].present:
-            raise UsageError(f"{_written(name)} {why}, so it must not come with --coordinator.")
+            raise UsageError(f"{spelled(name)} {why}, so it must not come with --coordinator.")
 
 
 def _about(values, command, place) -> dict[str, str]:
@@ -191,7 +191,7 @@ def _about(values, command, place) -> dict[str, str]:
         "the command": command,
         "the version of mla-jax": importlib.metadata.version("mla-jax"),
         "the version of JAX": jax.__version__,
-        **{_written(name): values[name].value for name in names},
+        **{spelled(name): values[name].value for name in names},
         "what computes": _computes(values),
         "the model": _digest(sorted({info.path for info in _tensors(values.model)})),
         "the adapters": ", ".join(f"{_digest_of(path)} times {s:g}" for path, s in loading.adapters(values)),
@@ -229,10 +229,6 @@ def _digest(paths):
                 file.seek(size * sample // num_samples)
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:16]
-
-
-def _written(name):
-    return f"--{name.replace('_', '-')}"
 
 
 def _keep_stdout():

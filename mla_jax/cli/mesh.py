@@ -9,7 +9,7 @@ from checkpoints_tools import names, place_sizes
 from mla_jax import generate as generate_lib
 from mla_jax import sharding, sharding_plan
 from mla_jax.cli import placement_flags
-from mla_jax.cli.argv import UsageError
+from mla_jax.cli.argv import UsageError, spelled
 from mla_jax.config import RunConfig
 from mla_jax.sharding import MeshChoice
 
@@ -30,7 +30,7 @@ def choice(values: absl_flags.FlagValues) -> MeshChoice | None:
         return None
     for name in placement_flags.NAMES:
         if name != "n_gpu_layers" and values[name].present:
-            flag = f"--{name.replace('_', '-')}"
+            flag = spelled(name)
             raise UsageError(f"{flag} must not come with --mesh, whose devices have equal parts of all.")
     try:
         return MeshChoice(axes=sharding.parse_mesh(values.mesh), splits_cache=values.split_cache)
@@ -47,7 +47,7 @@ def prepare(values: absl_flags.FlagValues) -> None:
     num_devices = math.prod(chosen.axes.values())
     if num_devices % num_processes:
         raise UsageError(
-            f"--mesh {values.mesh} must have a multiple of the {num_processes} processes of devices, "
+            f"--mesh must have a multiple of {num_processes} devices for {num_processes} processes, "
             f"got {num_devices}."
         )
     num_own = num_devices // num_processes

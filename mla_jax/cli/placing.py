@@ -10,7 +10,7 @@ from checkpoints_tools.place_sizes import Contents
 from mla_jax import placement as placement_lib
 from mla_jax import segments as segments_lib
 from mla_jax.cli import placement_flags
-from mla_jax.cli.argv import UsageError
+from mla_jax.cli.argv import UsageError, spelled
 from mla_jax.config import RunConfig
 from mla_jax.placement import CPU, Placement, Rules
 from mla_jax.segments import Segments
@@ -33,7 +33,7 @@ def wants_gpu(values: absl_flags.FlagValues) -> bool:
 def useless(values: absl_flags.FlagValues) -> list[str]:
     """Returns the flags that are given and mean nothing where there is no GPU, as they are spelled."""
     given = [name for name in _OF_GPU_ALONE if name in values and values[name].present]
-    return [f"--{name.replace('_', '-')}" for name in given]
+    return [spelled(name) for name in given]
 
 
 def choose(
@@ -70,7 +70,7 @@ def choose(
         return placement_lib.arrange(contents.config, contents.tensors, rules)
     for name in ("override_tensor", "cpu_moe", "n_cpu_moe"):
         if values[name].present:
-            flag = f"--{name.replace('_', '-')}"
+            flag = spelled(name)
             raise UsageError(f"--fit chooses what lies where, so it must not come with {flag}.")
     if values["n_gpu_layers"].present and values.n_gpu_layers == 0:
         raise UsageError("--fit must not come with -ngl 0, with which everything lies on the CPU.")

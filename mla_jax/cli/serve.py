@@ -9,7 +9,7 @@ import socket
 
 from mla_jax import chat
 from mla_jax.cli import hosts, loading
-from mla_jax.cli.argv import UsageError
+from mla_jax.cli.argv import UsageError, spelled
 from mla_jax.serve import grammar
 from mla_jax.serve.http import access, server
 from mla_jax.serve.http.service import Service, Settings
@@ -95,7 +95,7 @@ def _check(values):
         raise UsageError("--ssl-cert-file and --ssl-key-file must be given together.")
     for name in ("ssl_cert_file", "ssl_key_file"):
         if values[name].value is not None:
-            _read(f"--{name.replace('_', '-')}", values[name].value)
+            _read(spelled(name), values[name].value)
 
 
 def _settings(values):

@@ -197,14 +197,12 @@ def lay_out(params, run: RunConfig):
         return params
     kept = {"embed", "kv_b", "k_b", "v_b"}
 
-    def of_path(path, weight):
-        keys = [entry.key for entry in path]
-        if kept.intersection(keys):
+    def one(path, weight):
+        if kept.intersection(path.split("/")):
             return weight
-        return sharding.of_parts(quant.to_planes, "/".join(keys), weight, run)
+        return sharding.of_parts(quant.to_planes, path, weight, run)
 
-    is_weight = lambda leaf: not isinstance(leaf, dict)
-    return jax.tree_util.tree_map_with_path(of_path, params, is_leaf=is_weight)
+    return sharding.map_weights(one, params)
 
 
 def init_params(key: jax.Array, config: ModelConfig):

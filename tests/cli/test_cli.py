@@ -387,3 +387,26 @@ def test_an_interrupted_process_ends_at_once(monkeypatch, code, ends_at_once):
 def test_the_packaged_model_is_the_default(run):
     code, out, _ = run("inspect")
     assert code == 0 and out.splitlines()[0].endswith(generate.PACKAGED_MODEL.name)
+
+
+def test_a_signal_that_a_callback_swallows_is_heard_all_the_same():
+    """JAX has a callback of the garbage collector, and what comes up in one goes no further."""
+    script = """
+import gc, os, signal, time
+from mla_jax.cli import app
+
+def callback(phase, info):
+    gc.callbacks.remove(callback)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+
+with app._raising_on_sigterm():
+    try:
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(60)
+    except app._Terminated:
+        print("heard")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("heard\n", "")
