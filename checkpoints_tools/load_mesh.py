@@ -13,7 +13,7 @@ from checkpoints_tools.load import Checkpoint, read_weight
 from checkpoints_tools.model_file import check_model
 from checkpoints_tools.progress import Progress, ProgressLine
 from mla_jax import quant, sharding
-from mla_jax.config import ModelConfig, Shard
+from mla_jax.config import Shard
 from mla_jax.sharding import WeightInfo
 
 
@@ -70,10 +70,3 @@ def weights_of(file: GGUFFile, plan: Layout) -> list[WeightInfo]:
         )
         found.append(info)
     return found
-
-
-def config_of(path: str | os.PathLike) -> tuple[ModelConfig, list[WeightInfo]]:
-    """Returns the config and the weights of a file, of which none is read."""
-    file = open_gguf(path)
-    config, plan = check_model(file)
-    return config, weights_of(file, plan)

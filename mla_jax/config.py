@@ -251,6 +251,11 @@ class Shard:
         return self.expert * self.model
 
     @property
+    def mesh(self) -> str:
+        """The mesh as users write it, such as "data=2,expert=4,model=1"."""
+        return f"data={self.data},expert={self.expert},model={self.model}"
+
+    @property
     def num_devices(self) -> int:
         """Devices of the mesh."""
         return self.data * self.group_size

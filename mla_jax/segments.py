@@ -18,7 +18,6 @@ import numpy as np
 
 from checkpoints_tools import names
 from mla_jax import cache as cache_lib
-from mla_jax import logits as logits_lib
 from mla_jax import placement as placement_lib
 from mla_jax import sampler, segment_calls, steps
 from mla_jax.cache import Cache
@@ -293,10 +292,4 @@ def _draw_next(logits, drawing, length, sampling, eog_ids):
     return drawing, tokens[:, None], jnp.all(drawing.has_ended)
 
 
-@jax.jit
-def _draw_bound(logits, tokens, recent, length, constraints, sampling):
-    """Returns tokens i32[B] drawn under constraints, and `logits.logprobs` of them."""
-    logits, recent = logits[:, 0], jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
-    allowed = logits_lib.constrain(logits, constraints)
-    drawn = sampler.sample(allowed, recent, length, sampling)
-    return steps.if_finite(drawn, logits), logits_lib.logprobs(logits, drawn)
+_draw_bound = jax.jit(steps.draw_bound)

@@ -241,9 +241,8 @@ def device_mesh(shard: Shard) -> Mesh:
     """
     sizes, devices = (shard.data, shard.expert, shard.model), jax.devices()
     if shard.num_devices > len(devices):
-        named = ",".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
         raise ValueError(
-            f"the mesh {named} must have at most the {len(devices)} devices that there are, "
+            f"the mesh {shard.mesh} must have at most the {len(devices)} devices that there are, "
             f"got {shard.num_devices}."
         )
     devices = devices[: shard.num_devices]

@@ -103,7 +103,7 @@ def describe(weights: Sequence[WeightInfo], config: ModelConfig, run: RunConfig,
     shard, mib = run.shard, lambda count: f"{count / 2**20:,.1f} MiB"
     whole = sum(weight.num_bytes for weight in weights)
     head = [
-        ("mesh", f"data={shard.data},expert={shard.expert},model={shard.model}: {shard.num_devices} devices"),
+        ("mesh", f"{shard.mesh}: {shard.num_devices} devices"),
         ("weights", f"{mib(weight_bytes(weights, config, shard))} a device, {mib(whole)} as one"),
         ("cache", f"{mib(cache_bytes(config, run, num_tokens))} a device, for {num_tokens:,} tokens a group"),
     ]

@@ -200,15 +200,24 @@ def draw(
     def step(params, tokens, recent, cache, sampling, constraints, pages, reduction):
         inputs = tokens[:, None], cache, None, pages, reduction
         logits, cache = Transformer(config, run).apply({"params": params}, *inputs)
-        logits, recent = logits[:, 0], jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
-        allowed = logits_lib.constrain(logits, constraints)
-        drawn = sampler.sample(allowed, recent, cache.length, sampling)
-        told = if_finite(drawn, logits), logits_lib.logprobs(logits, drawn)
+        told = draw_bound(logits, tokens, recent, cache.length, constraints, sampling)
         return *jax.tree.map(lambda part: collectives.gather_over_data(part, run.shard), told), cache
 
     args = params, tokens, recent, cache, sampling, constraints, pages, reduction
     out_specs = sharding.SAME, sharding.SAME, sharding.cache_specs(run)
     return sharding.run_on_mesh(step, run, args, out_specs)
+
+
+def draw_bound(logits, tokens, recent, length, constraints: logits_lib.Constraints, sampling):
+    """Draws under constraints after `tokens` i32[B], with logits f32[B, 1, W]; for within a jit.
+
+    Returns:
+      tokens drawn i32[B], and `logits.logprobs` of them, as of `draw`.
+    """
+    logits, recent = logits[:, 0], jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
+    allowed = logits_lib.constrain(logits, constraints)
+    drawn = sampler.sample(allowed, recent, length, sampling)
+    return if_finite(drawn, logits), logits_lib.logprobs(logits, drawn)
 
 
 def if_finite(tokens: jax.Array, logits: jax.Array) -> jax.Array:

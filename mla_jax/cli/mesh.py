@@ -1,5 +1,6 @@
 """From the flags of a mesh to the devices that share a model out."""
 
+import dataclasses
 import math
 
 import jax
@@ -63,12 +64,9 @@ def describe_parts(model: generate_lib.Model) -> str:
     if shard.num_devices == 1:
         return "--mesh has no effect: there is one device, and it has the whole model"
     num_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model.params))
-    named = f"data={shard.data},expert={shard.expert},model={shard.model}"
     per_device = sharding_plan.cache_bytes(model.config, model.run, model.ctx_size)
-    return (
-        f"mesh {named}: {num_bytes / 2**20:,.1f} MiB of weights and {per_device / 2**20:,.1f} MiB of cache "
-        f"on each of {shard.num_devices} devices"
-    )
+    weights, rows = f"{num_bytes / 2**20:,.1f} MiB of weights", f"{per_device / 2**20:,.1f} MiB of cache"
+    return f"mesh {shard.mesh}: {weights} and {rows} on each of {shard.num_devices} devices"
 
 
 def plan(values: absl_flags.FlagValues, run: RunConfig) -> str:
@@ -83,5 +81,5 @@ def plan(values: absl_flags.FlagValues, run: RunConfig) -> str:
     contents = place_sizes.read_contents(values.model, values.type)
     weights, config = sharding.describe(names.unflatten(contents.tensors)), contents.config
     shard = sharding.make_shard(config, weights, **chosen.axes, splits_cache=chosen.splits_cache)
-    run = RunConfig(mla=run.mla, cache_type=run.cache_type, cache_type_rope=run.cache_type_rope, shard=shard)
+    run = dataclasses.replace(run, shard=shard)
     return sharding_plan.describe(weights, config, run, values.ctx_size or config.context_length)

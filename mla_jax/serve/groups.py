@@ -164,8 +164,10 @@ class Groups:
             open_to = [group for group in self.schedulers if len(group.waiting) < _num_idle(group)]
             if not open_to:
                 return
-            job = self._queue.popleft()
-            min(open_to, key=lambda group: _num_at_work(group) - group.num_known(job)).submit(job)
+            job, best = self._queue.popleft(), open_to[0]
+            if len(open_to) > 1:  # else nothing is looked up in vain
+                best = min(open_to, key=lambda group: _num_at_work(group) - group.num_known(job))
+            best.submit(job)
 
     def _merged(self, plans):
         leaving, copies, coming = [], [], []
