@@ -39,23 +39,27 @@ class GGUFFile:
     tensors: dict[str, TensorInfo]
     _stats: dict[str, tuple[int, int]]
 
-    def read(self, name: str, start: int = 0, size: int | None = None) -> np.ndarray:
+    def read(
+        self, name: str, start: int = 0, size: int | None = None, *, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Reads the bytes of one tensor, or some of them.
 
         Args:
           name: key of `tensors`.
           start: first byte, counted from the tensor's first.
           size: number of bytes; None for all that follow.
+          out: uint8[size or more] to read into; None for memory that JAX can adopt on the CPU, see
+            `buffers.aligned_empty`.
 
         Returns:
-          uint8[size], in memory that JAX can adopt on the CPU, see `buffers.aligned_empty`.
+          uint8[size].
 
         Raises:
           GGUFError: if the file cannot be read, or is not the one that was opened any more.
         """
         info = self.tensors[name]
         size = info.num_bytes - start if size is None else size
-        data = aligned_empty(size)
+        data = aligned_empty(size) if out is None else out[:size]
         done = read_at(info.path, self._stats[info.path], info.offset + start, data)
         if done < size:
             raise GGUFError(

@@ -10,7 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from checkpoints_tools import interleave, layout, mapping, names
+from checkpoints_tools import interleave, layout, mapping, names, panels
 from checkpoints_tools.buffers import aligned_empty
 from checkpoints_tools.ggml_types import TYPES
 from checkpoints_tools.gguf_file import GGUFFile, TensorInfo, open_gguf
@@ -40,7 +40,8 @@ class Checkpoint:
 
     Attributes:
       config: sizes and constants.
-      params: nested dict of arrays f32, f16 or bf16, and `QuantizedTensor`s; paths as in `names`.
+      params: nested dict of arrays f32, f16 or bf16, and `QuantizedTensor`s or, if asked for, `PanelTensor`s;
+        paths as in `names`.
       metadata: key-values, as a mapping from key to plain Python value.
       unread: GGUF name -> tensor that the network does not read, for saving.
       file_tensors: tensor table of the file by GGUF name, in file order; empty if the model is of no file.
@@ -62,8 +63,9 @@ def load_gguf(
     *,
     mmap: bool | None = None,
     on_host: Callable[[str], bool] | None = None,
+    in_panels: bool | None = False,
 ) -> Checkpoint:
-    """Loads a deepseek2 GGUF file; weights stay in their blocks, interleaved rows are taken apart.
+    """Loads a deepseek2 GGUF file; weights stay quantised, interleaved rows are taken apart.
 
     Everything is checked before the first weight is read. The bytes are held once: on the CPU, JAX adopts the
     buffers they were read into, or uses them where they lie in the file.
@@ -79,31 +81,32 @@ def load_gguf(
         more of the memory at hand than `mapping.MOST_OF_MEMORY`.
       on_host: whether the weight of a GGUF name stays in the memory of this machine. None: if the default
         device is the CPU.
+      in_panels: whether weights that are read are laid out for the CPU kernels, see `panels`. True: none is
+        mapped, so that all are; None: those that are not mapped.
 
     Returns:
       The checkpoint.
 
     Raises:
       GGUFError: for a file that is no sound deepseek2 GGUF of supported types.
+      ValueError: if weights are to be mapped and in panels.
     """
+    if mmap and in_panels:
+        raise ValueError("mmap must come without in_panels (run_time_repack): what is laid out is read.")
     file = open_gguf(path)
     config, plan = check_model(file)
     report = progress or ProgressLine(file.path)
-    num_bytes, bytes_done = sum(info.num_bytes for info in file.tensors.values()), 0
     on_host = on_host or (lambda name: jax.default_backend() == "cpu")
+    mmap = False if in_panels and mmap is None and panels.formats() else mmap
     views = mapping.views(file, config, arrays=filter(on_host, plan.shapes), kept=plan.unread, mmap=mmap)
-    leaves, unread = {}, {}
-    for done, (name, info) in enumerate(file.tensors.items(), start=1):
-        view = views.get(name)
-        if name in plan.shapes:
-            weight = read_weight(file, name) if view is None else _weight(info, _rows_of(info, view))
-            weight = _reshaped(weight, plan.shapes[name])
-            leaves[name] = jax.device_put(weight) if put is None else put(name, weight)
-        else:
-            data = file.read(name) if view is None else view
-            unread[name] = UnreadTensor(shape=info.shape, ggml_type=info.ggml_type, data=data)
-        bytes_done += info.num_bytes
-        report(done, len(file.tensors), bytes_done, num_bytes)
+
+    def become(name, weight, is_mapped):
+        weight = weight if in_panels is False or is_mapped else panels.lay_out(name, weight, config)
+        return jax.device_put(weight) if put is None else put(name, weight)
+
+    leaves, unread = _read_all(file, plan.shapes, views, become, report)
+    if in_panels is not False:
+        panels.tell(file.path, leaves.values(), is_asked=in_panels)
     return Checkpoint(
         config=config,
         params=names.unflatten(leaves),
@@ -112,6 +115,23 @@ def load_gguf(
         file_tensors=file.tensors,
         path=file.path,
     )
+
+
+def _read_all(file, shapes, views, become, report):
+    """Returns what weights of these shapes become, and the other tensors, by GGUF name."""
+    num_bytes, bytes_done = sum(info.num_bytes for info in file.tensors.values()), 0
+    leaves, unread = {}, {}
+    for done, (name, info) in enumerate(file.tensors.items(), start=1):
+        view = views.get(name)
+        if name in shapes:
+            weight = read_weight(file, name) if view is None else _weight(info, _rows_of(info, view))
+            leaves[name] = become(name, _reshaped(weight, shapes[name]), view is not None)
+        else:
+            data = file.read(name) if view is None else view
+            unread[name] = UnreadTensor(shape=info.shape, ggml_type=info.ggml_type, data=data)
+        bytes_done += info.num_bytes
+        report(done, len(file.tensors), bytes_done, num_bytes)
+    return leaves, unread
 
 
 def read_weight(
@@ -169,10 +189,13 @@ def _rows_of(info: TensorInfo, data: np.ndarray) -> np.ndarray:
     return data.reshape(data.size // row_bytes, row_bytes)
 
 
-def _read_rows(file: GGUFFile, info: TensorInfo, start_row: int, stop_row: int) -> np.ndarray:
-    """Reads rows as uint8[rows, bytes of a row]."""
+def _read_rows(
+    file: GGUFFile, info: TensorInfo, start_row: int, stop_row: int, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Reads rows as uint8[rows, bytes of a row], into `out` if there is one."""
     row_bytes = _row_bytes(info)
-    return _rows_of(info, file.read(info.name, start_row * row_bytes, (stop_row - start_row) * row_bytes))
+    num_bytes = (stop_row - start_row) * row_bytes
+    return _rows_of(info, file.read(info.name, start_row * row_bytes, num_bytes, out=out))
 
 
 def _read_apart(
@@ -187,9 +210,10 @@ def _read_apart(
         for size in (header_bytes, row_bytes - header_bytes)
     )
     step = max(1, _PIECE_BYTES // (row_bytes * group_rows)) * group_rows
+    memory = np.empty(step * _row_bytes(info), np.uint8)  # not that of weights, which pieces would not leave
     for first in range(start_row // group_rows * group_rows, stop_row, step):
         last = min(first + step, -(-stop_row // group_rows) * group_rows)
-        piece = _read_rows(file, info, first, last)
+        piece = _read_rows(file, info, first, last, out=memory)
         if base:
             piece = interleave.deinterleave(info.type_name, piece, row_size)
         start, stop = max(first, start_row), min(last, stop_row)

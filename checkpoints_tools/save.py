@@ -93,6 +93,7 @@ def _encode(name: str, weight: np.ndarray, weight_type: str) -> TensorData:
 
 def _tensor(name: str, leaf: jax.Array | QuantizedTensor, info: TensorInfo | None) -> TensorData:
     """Describes a parameter as a tensor, in the shape of the file and interleaved if it is so there."""
+    leaf = quant.in_blocks(leaf)
     if isinstance(leaf, QuantizedTensor):
         ggml_type = quant.FORMATS[leaf.format].ggml_type
     elif isinstance(leaf, LoraTensor):

@@ -51,12 +51,13 @@ def place(params, config: ModelConfig, shard: Shard):
     """Returns weights on the mesh, each device with its part.
 
     Args:
-      params: nested dict of whole weights, in blocks or plain.
+      params: nested dict of whole weights, in blocks, in panels or plain.
       config: the model.
       shard: of `sharding.make_shard`.
     """
 
     def one(path, weight):
+        weight = quant.in_blocks(weight)
         num_lead = weight.ndim - 1
         as_rows = lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[num_lead:])
         matrix = jax.tree.map(as_rows, weight)

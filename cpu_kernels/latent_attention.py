@@ -6,11 +6,29 @@ read as zeros; slots that no query sees may hold anything.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cpu_kernels.library import call
 
 Part = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def split_queries(q: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Takes queries apart, and rotates the part with position.
+
+    Args:
+      q: f32[B, T, N, H + P], the rotary part last.
+      cos: f32[B, T, P / 2] cosines that its pairs (2i, 2i + 1) are rotated by.
+      sin: f32[B, T, P / 2] sines.
+
+    Returns:
+      f32[B, T, N, H], and the rotated part f32[B, T, N, P].
+    """
+    P = 2 * cos.shape[-1]
+    shapes = [jax.ShapeDtypeStruct((*q.shape[:-1], size), jnp.float32) for size in (q.shape[-1] - P, P)]
+    plain, rotated = jax.ffi.ffi_call("mla_split_queries", shapes, vmap_method="sequential")(q, cos, sin)
+    return plain, rotated
 
 
 def latent_attention(
@@ -47,6 +65,7 @@ def latent_attention(
 
 def latent_prefill(
     q: jax.Array,
+    q_rope: jax.Array,
     keys: tuple[jax.Array, jax.Array],
     values: tuple[jax.Array, jax.Array],
     latent: Part,
@@ -59,17 +78,17 @@ def latent_prefill(
     value_stride: int,
     value_first: int,
     value_size: int,
-    rope_size: int,
     **cache,
 ) -> jax.Array:
     """Attends to keys and values per head that are up-projected from the latents, 128 slots at a time.
 
     Args:
-      q: f32[B, T, N, H + P] queries, the rotated part last.
+      q: f32[B, T, N, H] query parts without position.
+      q_rope: f32[B, T, N, P] rotated query parts.
       keys: blocks and header, as in `matmul`; the rows from n * key_stride on are W_uk of head n.
       values: the same; the rows from n * value_stride + value_first on are W_uv.
       latent: cached latents.
-      rope: cached rotary parts, `rope_size` wide.
+      rope: cached rotary parts, P wide.
       pages: i32[B, M] pages of each sequence.
       positions: i32[B, T]. A query sees the slots up to its own position.
       formats: of `keys` and of `values`.
@@ -84,6 +103,7 @@ def latent_prefill(
     """
     return call("mla_latent_prefill", (*q.shape[:-1], value_size))(
         q,
+        q_rope,
         *keys,
         *values,
         pages,
@@ -95,6 +115,5 @@ def latent_prefill(
         key_stride=np.int64(key_stride),
         value_stride=np.int64(value_stride),
         value_first=np.int64(value_first),
-        rope=np.int64(rope_size),
         **cache | dict(scale=np.float32(cache["scale"])),
     )

@@ -18,9 +18,12 @@ _HANDLERS = (
     "mla_head_matmul",
     "mla_head_transposed",
     "mla_expert_ffn",
+    "mla_latent_append",
     "mla_latent_attention",
     "mla_latent_prefill",
     "mla_rms_norm",
+    "mla_select_experts",
+    "mla_split_queries",
 )
 _codebooks: dict[str, np.ndarray] = {}  # what the library points to
 
@@ -95,6 +98,33 @@ def formats() -> frozenset[str]:
     return frozenset(_names(_load()[0].mla_format)) if available() else frozenset()
 
 
+@functools.cache
+def block_bytes() -> dict[str, int]:
+    """Returns the bytes of a block of each of `formats`, or of a number of a plain one."""
+    library = _load()[0]
+    return {name: library.mla_block_bytes(i) for i, name in enumerate(_names(library.mla_format))}
+
+
+def panel_formats(*, transposed: bool = False) -> frozenset[str]:
+    """Returns those of `formats` whose weights may lie in panels: none with most instruction sets.
+
+    Args:
+      transposed: those alone whose panels `head_transposed` reads too.
+    """
+    library = _load()[0]
+    names = list(_names(library.mla_format)) if library else []
+    if not names:
+        return frozenset()
+    has_kernel = library.mla_transposes_panels if transposed else library.mla_reads_panels
+    return frozenset(name for i, name in enumerate(names) if has_kernel(i))
+
+
+def to_panels(blocks: np.ndarray, panels: int, scale: int) -> None:
+    """Lays u8[rows, n, bytes] out in panels where they are; `scale` is its place in a block, -1 for none."""
+    sizes = map(ctypes.c_int64, (panels, *blocks.shape[1:], scale))
+    _load()[0].mla_to_panels(ctypes.c_void_p(blocks.ctypes.data), *sizes)
+
+
 def instruction_sets() -> tuple[str, ...]:
     """Returns those that this machine has, the best first."""
     return tuple(_names(_load()[0].mla_available)) if available() else ()
@@ -132,6 +162,14 @@ def set_codebook(name: str, weights: np.ndarray) -> None:
 def call(handler: str, shape: tuple[int, ...]):
     """Returns what calls a handler with arrays and attributes, for f32[shape]; under vmap it loops."""
     return jax.ffi.ffi_call(handler, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+
+
+def write(handler: str, arrays: tuple[jax.Array, ...], targets: tuple[jax.Array, ...], **attributes):
+    """Calls a handler that writes to `targets`, and returns them; in place where nobody else needs them."""
+    shapes = [jax.ShapeDtypeStruct(target.shape, target.dtype) for target in targets]
+    aliases = {len(arrays) + i: i for i in range(len(targets))}
+    handle = jax.ffi.ffi_call(handler, shapes, vmap_method="sequential", input_output_aliases=aliases)
+    return handle(*arrays, *targets, **attributes)
 
 
 def _names(function):

@@ -244,9 +244,7 @@ class Model:
         if not ids:
             raise ValueError("the prompt must hold at least one token, got none.")
         if len(ids) > self.ctx_size:
-            raise ValueError(
-                f"the prompt must fit the context of {self.ctx_size} tokens, got {len(ids)} tokens."
-            )
+            raise ValueError(f"the prompt must fit the context of {self.ctx_size} tokens, got {len(ids)}.")
         for position, token in enumerate(ids):
             if not 0 <= token < self.config.vocab_size:
                 raise ValueError(
@@ -302,12 +300,13 @@ def _prepare(compilation_cache, segments):
         logging.warning("compiled code is not kept: %s: %s", compilation_cache, error.strerror)
 
 
-def _read(path, run, lora, *, segments, mesh, progress, mmap):
+def _read(path, run, lora, *, segments, mesh, progress, mmap, run_time_repack):
     """Returns the checkpoint, its weights with adapters where they are to be, and the run with its shard."""
     if mesh is None:
         put = None if segments is None else functools.partial(segments.put, run=run)
-        on_host = segments and segments.is_on_host
-        checkpoint = checkpoints_tools.load_gguf(path, progress, put, mmap=mmap, on_host=on_host)
+        where = dict(mmap=mmap, on_host=segments and segments.is_on_host)
+        where["in_panels"] = segments is None and run_time_repack
+        checkpoint = checkpoints_tools.load_gguf(path, progress, put, **where)
         params = lora_files.adapted(checkpoint, lora)
         return checkpoint, params if segments is None else segments.put_all(params, run), run
     if segments is not None:
@@ -328,10 +327,11 @@ def context_size(config: ModelConfig, ctx_size: int | None) -> int:
     return min(limit, DEFAULT_CTX_SIZE) if ctx_size is None else (ctx_size or limit)
 
 
-def _model(checkpoint, params, expert_reduction, *, ctx_size, **model):
+def _model(checkpoint, params, run, expert_reduction, *, ctx_size, segments, **model):
+    model |= {} if segments is None else dict(programs=segments)
     ctx_size = context_size(checkpoint.config, ctx_size)
     vocabulary = hparams.vocabulary(checkpoint.metadata, checkpoint.config, checkpoint.path)
-    loaded = Model(params, checkpoint.config, vocabulary, ctx_size=ctx_size, **model)
+    loaded = Model(params, checkpoint.config, vocabulary, run=run, ctx_size=ctx_size, **model)
     loaded.expert_reduction = reduction_lib.per_layer(loaded.config, expert_reduction)
     return loaded
 
@@ -356,6 +356,7 @@ def load(
     segments: Segments | None = None,
     mesh: MeshChoice | None = None,
     mmap: bool | None = None,
+    run_time_repack: bool | None = None,
     **model,
 ) -> Model:
     """Loads a deepseek2 GGUF file and makes it ready to generate.
@@ -379,6 +380,7 @@ def load(
       segments: for a model whose parts lie on several devices: which where, see `placement`. None: on one.
       mesh: for a model that devices share out, see `sharding`; None for one device.
       mmap: whether weights on the CPU stay in the file, see `checkpoints_tools.mapping`; None: large ones.
+      run_time_repack: whether they are laid out in panels, on one device; None: those that are not mapped.
       **model: `ubatch`, `parallel` and further arguments of `Model`.
 
     Returns:
@@ -391,8 +393,6 @@ def load(
     how = dict(mla=mla, flash=flash, attention_max_batch=attention_max_batch, group_routing=group_routing)
     run = taps.tapped(RunConfig(**of_cache, **how, gpu_kernels=gpu_kernels), edits=edits)
     _prepare(compilation_cache, segments)
-    where = dict(segments=segments, mesh=mesh, progress=progress, mmap=mmap)
-    checkpoint, params, run = _read(path, run, lora, **where)
-    if segments is not None:
-        model["programs"] = segments
-    return _model(checkpoint, params, expert_reduction, run=run, ctx_size=ctx_size, **model)
+    where = dict(segments=segments, mesh=mesh, mmap=mmap, run_time_repack=run_time_repack)
+    checkpoint, params, run = _read(path, run, lora, progress=progress, **where)
+    return _model(checkpoint, params, run, expert_reduction, segments=segments, ctx_size=ctx_size, **model)

@@ -262,6 +262,10 @@ def weight_spec(path: str, weight: Weight):
         return dataclasses.replace(weight, blocks=PartitionSpec(*lead, last), header=header)
     if isinstance(weight, quant.PlanarTensor):
         return dataclasses.replace(weight, planes=(PartitionSpec(*lead, last),) * len(weight.planes))
+    if isinstance(weight, quant.PanelTensor):
+        raise NotImplementedError(
+            "panels on a mesh of devices are not supported: undo them (quant.in_blocks)."
+        )
     if isinstance(weight, quant.LoraTensor):
         raise NotImplementedError("adapters on a mesh of devices are not supported: merge them first.")
     return PartitionSpec(*lead, last)

@@ -29,12 +29,12 @@ NOT_FINITE = -2  # in place of a token where the largest logit was infinite or N
 
 
 def buckets(ubatch: int) -> tuple[int, ...]:
-    """Returns the prefill widths that are compiled: 32, 128, 512, ... up to `ubatch`."""
+    """Returns the prefill widths that are compiled: 32, 64, 128, ... up to `ubatch`."""
     sizes = []
     size = _SMALLEST_BUCKET
     while size < ubatch:
         sizes.append(size)
-        size *= 4
+        size *= 2
     return (*sizes, ubatch)
 
 
@@ -151,6 +151,8 @@ def _decode(
     params, tokens, recent, cache, sampling, pages, reduction, num_steps, eog_ids, *, transformer: Transformer
 ):
     shard = transformer.run.shard
+    if reduction is not None:
+        reduction = reduction.by_layer(transformer.config.num_layers)
 
     def goes_on(carry):
         step, has_ended = carry[0], carry[1]

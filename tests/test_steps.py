@@ -37,7 +37,13 @@ def params():
 
 @pytest.mark.parametrize(
     ("ubatch", "sizes"),
-    [(1, (1,)), (32, (32,)), (33, (32, 33)), (512, (32, 128, 512)), (600, (32, 128, 512, 600))],
+    [
+        (1, (1,)),
+        (32, (32,)),
+        (33, (32, 33)),
+        (512, (32, 64, 128, 256, 512)),
+        (600, (32, 64, 128, 256, 512, 600)),
+    ],
 )
 def test_buckets(ubatch, sizes):
     assert steps.buckets(ubatch) == sizes

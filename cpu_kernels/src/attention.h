@@ -7,12 +7,17 @@
 
 #include "cache_rows.h"
 #include "softmax.h"
+#include "tiles_cache.h"
 #include "tiles_float.h"
 
 namespace MLA_ISA {
 
 using mla::Partials;
 using mla::Queries;
+
+// Few queries take so little time that decoded slots must not leave the nearest cache; many read and write what they
+// have found so far once a tile.
+constexpr int kManyQueries = 9, kFewSlots = 16, kManySlots = 64;
 
 // Folds slots [begin, end) into the state of kQueries queries from the `q`-th on. One that sees nothing of some slots
 // does not meet them: a value that is no number would spoil it, whatever its weight.
@@ -27,13 +32,13 @@ void fold(const Tile& tile, int begin, int end, const Queries& queries, int q, c
         return;
       }
     const Tile part = tile.from(q, first - begin);
-    const int count = static_cast<int>(mla::padded(std::min(Tile::kSlots, end - first)));
-    alignas(64) float scores[kQueries][Tile::kSlots];
+    const int count = std::min(Tile::kSlots, end - first);
+    alignas(64) float scores[kQueries][Tile::kSlots] = {};
     float shrink[kQueries];
     score<kQueries>(part, count, scores);
     for (int i = 0; i < kQueries; ++i)
-      shrink[i] = weigh(first, count, std::min(positions[i], end - 1), queries.scale, Tile::round, scores[i],
-                        partials.tops + q + i, partials.sums + q + i);
+      shrink[i] = weigh(first, static_cast<int>(mla::padded(count)), std::min(positions[i], end - 1), queries.scale,
+                        Tile::round, scores[i], partials.tops + q + i, partials.sums + q + i);
     add_values<kQueries>(part, count, scores, shrink, partials.out + static_cast<int64_t>(q) * tile.value_size);
   }
 }
@@ -46,35 +51,81 @@ void fold_all(const Tile& tile, int begin, int end, const Queries& queries, cons
   if (q < queries.count) fold<1>(tile, begin, end, queries, q, partials);
 }
 
-void attend_tile(const float* keys, int key_size, const float* values, int value_size, int64_t stride, int begin,
+template <int kSlots>
+void fold_floats(const float* keys, int key_size, const float* values, int value_size, int64_t stride, int begin,
                  int end, const Queries& queries, const Partials& partials) {
   const int key_width = static_cast<int>(mla::padded(key_size)), width = static_cast<int>(mla::padded(value_size));
-  fold_all(FloatTile{queries.rows, keys, values, key_width, width, stride}, begin, end, queries, partials);
+  const FloatTile<kSlots> tile{queries.rows, keys, values, key_width, width, stride};
+  fold_all(tile, begin, end, queries, partials);
+}
+
+void attend_tile(const float* keys, int key_size, const float* values, int value_size, int64_t stride, int begin,
+                 int end, const Queries& queries, const Partials& partials) {
+  fold_floats<kManySlots>(keys, key_size, values, value_size, stride, begin, end, queries, partials);
 }
 
 // Decodes slots [begin, end), kSlots at a time, latent and rotary part beside each other and zeros up to whole vectors.
-// Calls take(rows, width, first, last) with them; after the last come zeros, up to 16 slots or kSlots if that is less.
+// Calls take(rows, width, first, last) with them; an odd number of slots is followed by zeros, others by anything. What
+// comes next, of `length` slots in all, is asked for meanwhile.
 template <int kSlots, class Take>
-void for_each_tile(const LatentCache& cache, const int32_t* pages, int begin, int end, const Take& take) {
+void for_each_tile(const LatentCache& cache, const int32_t* pages, int begin, int end, int length, const Take& take) {
+  constexpr int kAhead = 16;  // slots that are on their way while others are met
   const int key_size = cache.key_size(), width = static_cast<int>(mla::padded(key_size));
   thread_local std::vector<mla::Lanes> memory;
   memory.resize(kSlots * width / kLanes);
   float* rows = memory[0].of;
   for (int first = begin; first < end; first += kSlots) {
     const int last = std::min(end, first + kSlots), count = last - first;
-    read_slots(cache, cache.latent, pages, first, last, rows, width);
-    read_slots(cache, cache.rope, pages, first, last, rows + cache.latent.size, width);
-    for (int i = 0; i < count; ++i) std::fill(rows + i * width + key_size, rows + (i + 1) * width, 0.0f);
-    std::fill(rows + count * width, rows + std::min<int64_t>(kSlots, mla::padded(count)) * width, 0.0f);
+    for (int slot = first; slot < last; ++slot) {
+      if (slot + kAhead < std::max(end, length)) prefetch_slot(cache, pages, slot + kAhead);
+      float* row = rows + (slot - first) * width;
+      read_slots(cache, cache.latent, pages, slot, slot + 1, row, width);
+      read_slots(cache, cache.rope, pages, slot, slot + 1, row + cache.latent.size, width);
+      std::fill(row + key_size, row + width, 0.0f);
+    }
+    if (count % 2) std::fill(rows + count * width, rows + (count + 1) * width, 0.0f);
     take(rows, width, first, last);
   }
 }
 
+template <int kSlots>
+void fold_latents(const LatentCache& cache, const int32_t* pages, int begin, int end, const Queries& queries,
+                  const Partials& partials) {
+  const auto take = [&](const float* rows, int width, int first, int last) {
+    fold_floats<kSlots>(rows, cache.key_size(), rows, cache.latent.size, width, first, last, queries, partials);
+  };
+  for_each_tile<kSlots>(cache, pages, begin, end, queries.length, take);
+}
+
+// The same, of rows that are met as they lie in the cache.
+template <class R>
+void fold_cached(const LatentCache& cache, const int32_t* pages, int begin, int end, const Queries& queries,
+                 const Partials& partials) {
+  CachedTiles<R> tiles(cache, pages, begin, std::max(end, queries.length));
+  for (int first = begin; first < end; first += CacheTile<R>::kSlots)
+    fold_all(tiles.next(queries.rows), first, std::min(end, first + CacheTile<R>::kSlots), queries, partials);
+}
+
+// Returns how few queries attend: in most types rows are decoded first.
+inline auto fold_few(const LatentCache& cache) {
+  const auto both = [&](std::string_view name) {
+    return name == cache.latent.type->name && name == cache.rope.type->name;
+  };
+  if (cache.latent.size % kLanes == 0 && cache.rope.size % kLanes == 0) {
+    if (both("f16")) return fold_cached<FloatRows<F16>>;
+    if (both("bf16")) return fold_cached<FloatRows<BF16>>;
+    if (both("f32")) return fold_cached<FloatRows<F32>>;
+    if (both("q8_0")) return fold_cached<ScaledRows>;
+  }
+  return fold_latents<kFewSlots>;
+}
+
 void attend_latents(const LatentCache& cache, const int32_t* pages, int begin, int end, const Queries& queries,
                     const Partials& partials) {
-  for_each_tile<FloatTile::kSlots>(cache, pages, begin, end, [&](const float* rows, int width, int first, int last) {
-    attend_tile(rows, cache.key_size(), rows, cache.latent.size, width, first, last, queries, partials);
-  });
+  // Of several tokens none must show in its result how many there are.
+  const bool are_few = queries.of_one_token && queries.count < kManyQueries;
+  const auto fold = are_few ? fold_few(cache) : fold_latents<kManySlots>;
+  fold(cache, pages, begin, end, queries, partials);
 }
 
 }  // namespace MLA_ISA

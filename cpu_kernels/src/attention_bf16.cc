@@ -9,8 +9,6 @@
 
 namespace MLA_ISA {
 
-constexpr int kManyQueries = 9;  // from here on rounding a tile pays
-
 // A register's pairs, a multiple of 64 bytes in memory.
 struct alignas(64) Pairs {
   uint32_t of[kPairs];
@@ -32,28 +30,26 @@ struct Rounded {
   PairTile tile() const { return {queries[0].of, keys[0].of, values[0].of, key_pairs, value_size}; }
 
   // Two slots at a time are decoded, so that what is not rounded stays in the nearest cache.
-  void read(const LatentCache& cache, const int32_t* pages, int begin, int end) {
-    for_each_tile<2>(cache, pages, begin, end, [&](const float* rows, int width, int first, int) {
+  void read(const LatentCache& cache, const int32_t* pages, int begin, int end, int length) {
+    for_each_tile<2>(cache, pages, begin, end, length, [&](const float* rows, int width, int first, int) {
       uint32_t* key = keys[0].of + (first - begin) * key_pairs;
       uint32_t* value = values[0].of + (first - begin) * key_pairs;
       round_rows(rows, 2, width, key);
       for (int c = 0; c < key_pairs; c += kPairs) interleave(key + c, key + key_pairs + c, value + 2 * c);
     });
-    const int count = (end - begin + 1) / 2 * 2, whole = static_cast<int>(mla::padded(count));
-    std::fill(values[0].of + count * key_pairs, values[0].of + whole * key_pairs, 0u);  // no NaN of an earlier tile
   }
 };
 
 void attend_rounded_latents(const LatentCache& cache, const int32_t* pages, int begin, int end, const Queries& queries,
                             const Partials& partials) {
-  // Whoever keeps float32 wants exactness.
+  // Rounding a tile pays with many queries, and whoever keeps float32 wants exactness.
   if (queries.count < kManyQueries || cache.latent.type->name == std::string_view("f32"))
     return attend_latents(cache, pages, begin, end, queries, partials);
   thread_local Rounded rounded;
   rounded.set_queries(queries, cache.key_size(), cache.latent.size);
   for (int first = begin; first < end; first += PairTile::kSlots) {
     const int last = std::min(end, first + PairTile::kSlots);
-    rounded.read(cache, pages, first, last);
+    rounded.read(cache, pages, first, last, queries.length);
     fold_all(rounded.tile(), first, last, queries, partials);
   }
 }

@@ -55,6 +55,7 @@ inline ffi::Error read_call(const ffi::RemainingArgs& args, Shape q, const ffi::
                             const ffi::Buffer<ffi::S32>& positions, std::string_view latent_type,
                             std::string_view rope_type, int64_t rank, int64_t rope, AttentionCall* out) {
   std::vector<ffi::AnyBuffer> parts;
+  parts.reserve(args.size());
   for (size_t i = 0; i < args.size(); ++i) parts.push_back(args.get<ffi::AnyBuffer>(i).value());
   if (parts.size() != 8) return ffi::Error::InvalidArgument("a cache has two parts of four arrays");
   const auto low = parts[0].dimensions();
@@ -80,18 +81,26 @@ inline ffi::Error read_call(const ffi::RemainingArgs& args, Shape q, const ffi::
   return ffi::Error::Success();
 }
 
-// What attention to some slots gives; nothing at first.
-struct Found {
-  int64_t count = 0, width = 0;  // queries, and padded size of a value
-  std::vector<Lanes> out;        // [count, width]
-  std::vector<float> tops, sums;
+// What attention to some slots gives; nothing at first. No two share a line of the processor's caches: several threads
+// write to several of them.
+class Found {
+ public:
+  void clear(int64_t queries, int64_t value_size) {
+    width_ = padded(value_size) / kLanes;
+    values_ = queries * width_;
+    numbers_ = padded(queries) / kLanes;
+    memory_.assign(values_ + 2 * numbers_, {});
+    std::fill_n(tops(), queries, kNothing);
+  }
 
-  Found() = default;
-  Found(int64_t count, int64_t value_size)
-      : count(count), width(padded(value_size)), out(count * width / kLanes), tops(count, kNothing), sums(count) {}
+  float* row(int64_t i) { return memory_[i * width_].of; }
+  float* tops() { return memory_[values_].of; }
+  float* sums() { return memory_[values_ + numbers_].of; }
+  Partials partials() { return {tops(), sums(), row(0)}; }
 
-  const float* row(int64_t i) const { return out[i * width / kLanes].of; }
-  Partials partials() { return {tops.data(), sums.data(), out[0].of}; }
+ private:
+  int64_t width_ = 0, values_ = 0, numbers_ = 0;  // registers of a row, of all rows, and of a number for each query
+  std::vector<Lanes> memory_;  // values, tops and sums
 };
 
 }  // namespace mla

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string_view>
 
+#include "cache_encode.h"
 #include "float_products.h"
 #include "formats_iq4.h"
 #include "kernels.h"
@@ -80,12 +81,18 @@ void read_planes(const CachePart& part, int64_t place, float* out) {
 }
 
 const mla::CacheType kCacheTypes[] = {
-    {"f32", 1, 4, 0, 0, 0, false, read_floats<F32>},      {"f16", 1, 2, 0, 0, 0, false, read_floats<F16>},
-    {"bf16", 1, 2, 0, 0, 0, false, read_floats<BF16>},    {"fp8_e4m3", 1, 1, 0, 0, 0, false, read_fp8_e4m3},
-    {"q8_0", 32, 32, 0, 2, 0, false, read_q8_0},          {"q8_KV", 1, 1, 0, 4, 0, true, read_q8_kv},
-    {"q6_0", 32, 16, 8, 2, 0, false, read_planes<2, 32>}, {"q5_1", 32, 16, 4, 2, 2, false, read_planes<1, 0>},
-    {"q5_0", 32, 16, 4, 2, 0, false, read_planes<1, 16>}, {"q4_1", 32, 16, 0, 2, 2, false, read_planes<0, 0>},
-    {"q4_0", 32, 16, 0, 2, 0, false, read_planes<0, 8>},  {"iq4_nl", 32, 16, 0, 2, 0, false, read_planes<0, -1>},
+    {"f32", 1, 4, 0, 0, 0, false, read_floats<F32>, encode_f32},
+    {"f16", 1, 2, 0, 0, 0, false, read_floats<F16>, encode_f16},
+    {"bf16", 1, 2, 0, 0, 0, false, read_floats<BF16>, encode_bf16},
+    {"fp8_e4m3", 1, 1, 0, 0, 0, false, read_fp8_e4m3},
+    {"q8_0", 32, 32, 0, 2, 0, false, read_q8_0, encode_q8_0},
+    {"q8_KV", 1, 1, 0, 4, 0, true, read_q8_kv},
+    {"q6_0", 32, 16, 8, 2, 0, false, read_planes<2, 32>},
+    {"q5_1", 32, 16, 4, 2, 2, false, read_planes<1, 0>},
+    {"q5_0", 32, 16, 4, 2, 0, false, read_planes<1, 16>},
+    {"q4_1", 32, 16, 0, 2, 2, false, read_planes<0, 0>},
+    {"q4_0", 32, 16, 0, 2, 0, false, read_planes<0, 8>},
+    {"iq4_nl", 32, 16, 0, 2, 0, false, read_planes<0, -1>},
 };
 
 const mla::CacheType* cache_type(std::string_view name) {
@@ -102,6 +109,19 @@ void read_slots(const LatentCache& cache, const CachePart& part, const int32_t* 
       std::memset(out, 0, sizeof(float) * part.size);
     else
       part.type->read(part, static_cast<int64_t>(page) * cache.page_size + slot % cache.page_size, out);
+  }
+}
+
+// Asks for the codes of a slot, so that they come while others are met. GCC leaves out calls to a function that does
+// nothing else.
+[[gnu::always_inline]] inline void prefetch_slot(const LatentCache& cache, const int32_t* pages, int slot) {
+  const int32_t page = pages[slot / cache.page_size];
+  if (page < 0 || page >= cache.num_pages) return;
+  const int64_t place = static_cast<int64_t>(page) * cache.page_size + slot % cache.page_size;
+  for (const CachePart* part : {&cache.latent, &cache.rope}) {
+    const int64_t bytes = part->size / part->type->block * part->type->low;
+    const char* low = static_cast<const char*>(part->low) + place * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(low + i);
   }
 }
 

@@ -10,12 +10,13 @@
 
 namespace MLA_ISA {
 
-// `widen` turns `count` weights from place `first` of a row on into float32.
+// `widen` turns `count` weights from place `first` of a row on into float32, `load` as many as a register has.
 struct F32 {
   static constexpr int kBytes = 4;
   static void widen(const uint8_t* row, int64_t first, int count, float* out) {
     std::memcpy(out, row + 4 * first, sizeof(float) * count);
   }
+  static Part load(const uint8_t* row, int64_t first) { return load_part(reinterpret_cast<const float*>(row) + first); }
 };
 
 struct F16 {
@@ -36,6 +37,15 @@ struct F16 {
 #endif
     for (; i < count; ++i) out[i] = half_at(p + 2 * i);
   }
+  static Part load(const uint8_t* row, int64_t first) {
+#if defined(__AVX512F__)
+    return (Part)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 2 * first)));
+#else
+    float numbers[kWidth];
+    widen(row, first, kWidth, numbers);
+    return load_part(numbers);
+#endif
+  }
 };
 
 struct BF16 {
@@ -48,6 +58,11 @@ struct BF16 {
       const uint32_t bits = static_cast<uint32_t>(high) << 16;
       std::memcpy(out + i, &bits, 4);
     }
+  }
+  static Part load(const uint8_t* row, int64_t first) {
+    float numbers[kWidth];
+    widen(row, first, kWidth, numbers);
+    return load_part(numbers);
   }
 };
 

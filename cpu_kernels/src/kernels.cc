@@ -18,30 +18,11 @@
 #include "formats_ternary.h"
 #include "formats_trellis.h"
 #include "products.h"
+#include "quantise.h"
 
 namespace MLA_ISA {
 
 constexpr int64_t kLongRow = 1280;  // bytes
-
-// The largest of 16 numbers, and their sum.
-inline int32_t largest_of(Ints x) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    const Ints other = __builtin_shuffle(x, kPlaces ^ half);
-    x = x > other ? x : other;
-  }
-  return x[0];
-}
-
-inline int32_t sum_of(Ints x) {
-  for (int half = kLanes / 2; half > 0; half /= 2) x += __builtin_shuffle(x, kPlaces ^ half);
-  return x[0];
-}
-
-// To the nearest whole number, ties to the even one, of numbers up to 2 ** 21: there a float's last bit is worth 1.
-inline Ints rounded(Vector x) {
-  constexpr float kOneAndHalf = 0x1.8p23f;
-  return reinterpret_cast<Ints>(x + kOneAndHalf) - 0x4B400000;
-}
 
 void quantise(Activations* out, int row) {
   const float* x = out->values_of(row);
@@ -56,19 +37,15 @@ void quantise(Activations* out, int row) {
       std::memcpy(values, x + 32 * group, sizeof(values));
     else if (left > 0)
       std::memcpy(values, x + 32 * group, sizeof(float) * left);
-    // Magnitudes are in the order of their bits, with infinity and NaN above all numbers.
-    const Ints first = reinterpret_cast<Ints>(values[0]) & 0x7FFFFFFF;
-    const Ints second = reinterpret_cast<Ints>(values[1]) & 0x7FFFFFFF;
-    const int32_t largest_bits = largest_of(first > second ? first : second);
+    const int32_t bits = largest_bits(values);
     float largest;
-    std::memcpy(&largest, &largest_bits, 4);
+    std::memcpy(&largest, &bits, 4);
     // A number that is not finite makes the scale NaN, and with it every result that the group enters.
-    const bool finite = largest_bits < 0x7F800000, usable = finite && largest > 1e-30f;  // or 127 / it may be infinite
+    const bool finite = bits < 0x7F800000, usable = finite && largest > 1e-30f;  // or 127 / it may be infinite
     const float inverse = usable ? 127 / largest : 0;
     const Ints low = finite ? rounded(values[0] * inverse) : Ints{};
     const Ints high = finite ? rounded(values[1] * inverse) : Ints{};
-    for (int i = 0; i < 16; ++i) codes[32 * group + i] = static_cast<int8_t>(low[i]);
-    for (int i = 0; i < 16; ++i) codes[32 * group + 16 + i] = static_cast<int8_t>(high[i]);
+    store_bytes(low, high, codes + 32 * group);
     scales[group] = usable ? largest / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
     sums16[2 * group] = scales[group] * static_cast<float>(sum_of(low));
     sums16[2 * group + 1] = scales[group] * static_cast<float>(sum_of(high));
@@ -101,6 +78,8 @@ void multiply_few(const Matrix& matrix, int64_t end, const Selection& x, float* 
 template <class F>
 struct IntegerPanel : Panel<F::kGroup> {
   void fill(const Matrix& matrix, int64_t r, int rows, int chunk) {
+    if constexpr (kReadsPanels<F>)
+      if (matrix.in_panels) return MLA_ISA::fill<F>(matrix, r, chunk, this);
     const int64_t bytes = kChunk / matrix.format->block * matrix.format->bytes;
     for (int k = 0; k < kPanelRows; ++k) {
       const int64_t row = r + std::min(k, rows - 1);
@@ -110,24 +89,32 @@ struct IntegerPanel : Panel<F::kGroup> {
       for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
       unpack_fast<F>(matrix, row, chunk, this->row(k));
     }
-    this->finish();
+    this->finish(groups_in<F>(matrix, chunk));
   }
 };
 
 // More activations: 16 weight rows become a panel, which meets them in turn; the last row stands for missing ones.
 template <class F>
 void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
-  std::vector<float> sums(static_cast<size_t>(x.count) * kPanelRows);
+  thread_local std::vector<float> kept;
+  mla::hold(static_cast<size_t>(x.count) * kPanelRows, &kept);
+  float* const sums = kept.data();
   IntegerPanel<F> panel;
   for (int64_t r = begin; r < end; r += kPanelRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, end - r));
-    std::fill(sums.begin(), sums.end(), 0.0f);
+    std::fill_n(sums, x.count * kPanelRows, 0.0f);
     for (int c = 0; static_cast<int64_t>(c) * kChunk < matrix.size; ++c) {
       panel.fill(matrix, r, rows, c);
-      panel.multiply(x, c, sums.data());
+      panel.multiply(x, c, sums);
     }
-    for (int t = 0; t < x.count; ++t)
-      std::memcpy(out + t * stride + r, sums.data() + static_cast<size_t>(t) * kPanelRows, sizeof(float) * rows);
+    const auto copy = [&](size_t count) __attribute__((always_inline)) {
+      for (int t = 0; t < x.count; ++t)
+        std::memcpy(out + t * stride + r, sums + t * kPanelRows, sizeof(float) * count);
+    };
+    if (rows == kPanelRows)
+      copy(kPanelRows);  // a constant: GCC copies an unknown number far more slowly
+    else
+      copy(rows);
   }
 }
 
@@ -152,7 +139,9 @@ void with_readable(const Matrix& matrix, int64_t begin, int64_t end, const Use& 
 template <class F>
 void multiply_integers(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out,
                        int64_t stride) {
-  if (x.count > 2) return multiply_panels<F>(matrix, begin, end, x, out, stride);
+  if constexpr (kReadsPanels<F>)
+    if (matrix.in_panels && few_for_panels(x.count)) return multiply_in_panels<F>(matrix, begin, end, x, out, stride);
+  if (x.count > mla::kFewRows) return multiply_panels<F>(matrix, begin, end, x, out, stride);
   with_readable(matrix, begin, end, [&](const Matrix& part, int64_t first, int64_t count) {
     if (x.count == 2) multiply_few<F, 2>(part, count, x, out + first, stride);
     if (x.count == 1) multiply_few<F, 1>(part, count, x, out + first, stride);
@@ -177,6 +166,8 @@ void transposed_tile(const Matrix& matrix, int64_t begin, int count, const Vecto
 
 template <class F>
 void transposed_integers(const Matrix& matrix, int64_t begin, int count, const Vectors& x) {
+  if constexpr (kTransposesPanels<F>)
+    if (matrix.in_panels) return transposed_in_panels<F>(matrix, begin, count, x);
   int t = 0;
   for (; t + 4 <= x.count; t += 4) transposed_tile<F, 4>(matrix, begin, count, x, t);
   for (; t < x.count; ++t) transposed_tile<F, 1>(matrix, begin, count, x, t);
@@ -212,6 +203,7 @@ void gate(const float* gate, float* up, int64_t count) {
     u *= silu(g);
     std::memcpy(up, &u, sizeof(u));
   }
+  if (count == 0) return;
   std::memcpy(&g, gate, sizeof(float) * count);
   std::memcpy(&u, up, sizeof(float) * count);
   u *= silu(g);
@@ -232,7 +224,7 @@ void normalise(const float* x, const float* weight, int64_t count, float epsilon
 template <class F>
 constexpr mla::Format integers(const char* name, int header_bytes = 0) {
   return {name, F::kBlock, F::kBytes, header_bytes, false, multiply_integers<F>,
-          transposed_integers<F>, F::unpack, nullptr, false};
+          transposed_integers<F>, F::unpack, nullptr, false, kReadsPanels<F>, kTransposesPanels<F>};
 }
 
 // A format that is unpacked to memory first: all of them share what follows.
@@ -293,8 +285,8 @@ const mla::Format kFormats[] = {
 #define MLA_STRING(x) MLA_STRING_(x)
 extern const mla::Kernels kernels;
 const mla::Kernels kernels = {MLA_STRING(MLA_ISA), kFormats,       sizeof(kFormats) / sizeof(kFormats[0]),
-                              quantise,            gate,           normalise,     add,
-                              read_slots,          attend_latents, attend_tile,
+                              quantise,            arrange,        gate,          normalise,
+                              add,                 read_slots,     attend_latents, attend_tile,
                               cache_type};
 
 }  // namespace MLA_ISA

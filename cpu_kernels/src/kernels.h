@@ -19,7 +19,10 @@ struct Matrix {
   const uint8_t* end;  // of the memory that may be read
   const uint8_t* header;
   int64_t row_bytes, header_bytes;
+  bool in_panels = false;  // of 16 rows: see panels512.h
+  const uint8_t* next = nullptr;  // a hint: what panels are met after the rows of a call; null: those that follow
 
+  // A part that begins with a row; in panels its number must be a multiple of 16.
   Matrix from_row(int64_t row) const {
     Matrix part = *this;
     part.blocks += row * row_bytes;
@@ -34,13 +37,17 @@ struct Row {
   const uint8_t* blocks;
 };
 
+constexpr int kFewRows = 2;  // of activations: more are met in tiles
+
 // Some rows of activations: `index[i]` is the row of `source` that stands at place i; null: i itself.
 struct Selection {
   const Activations* source;
   const int32_t* index;
   int count;
+  const ActivationTile* tiles = nullptr;  // [tiles, chunks], where there are more than few and `arrange` makes them
 
   int row(int place) const { return index ? index[place] : place; }
+  int64_t num_tiles() const { return (count + ActivationTile::kRows - 1) / ActivationTile::kRows; }
 };
 
 // Some vectors that a transposed weight multiplies, and where the results go.
@@ -77,6 +84,8 @@ struct Format {
   void (*unpack)(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets);
   const Codebook* codebook;  // null for most
   bool narrow;               // no code is above 127
+  bool reads_panels = false;       // `matmul` does
+  bool transposes_panels = false;  // `transposed` does
 };
 
 // Attention to nothing has this as its largest score.
@@ -107,6 +116,8 @@ struct CacheType {
   bool one_scale;  // for the whole row
   // Decodes the row at `place`, counted over all pages.
   void (*read)(const CachePart& part, int64_t place, float* out);
+  // Encodes a row of `size` numbers to that place; null for a type of which others do it.
+  void (*encode)(const float* row, int size, int64_t place, void* low, void* scale) = nullptr;
 };
 
 struct LatentCache {
@@ -122,6 +133,8 @@ struct Queries {
   const int32_t* positions;
   int count;
   float scale;  // multiplies the scores
+  bool of_one_token = false;
+  int length = 0;  // slots of their sequence, where the cache is read
 };
 
 // What attention to some slots gives for each query: the largest score, the sum of exp(score - largest), and the values
@@ -136,6 +149,8 @@ struct Kernels {
   int num_formats;
   // Quantises row `row` of `out` from its values.
   void (*quantise)(Activations* out, int row);
+  // Lays 16 rows of a selection, from place 16 * `tile` on, out as a tile of each chunk; null: none are needed.
+  void (*arrange)(const Selection& x, int64_t tile, ActivationTile* out);
   // up[i] *= silu(gate[i])
   void (*gate)(const float* gate, float* up, int64_t count);
   // out[i] = x[i] * weight[i] / sqrt(mean of x squared + epsilon)
@@ -149,7 +164,7 @@ struct Kernels {
   void (*attend_latents)(const LatentCache& cache, const int32_t* pages, int begin, int end, const Queries& queries,
                          const Partials& partials);
   // Folds slots [begin, end) with keys [slots, padded key size] and values, both `stride` apart, into `partials`. Both
-  // are readable and finite up to the next multiple of 16 slots.
+  // are readable up to the next multiple of 16 slots.
   void (*attend_tile)(const float* keys, int key_size, const float* values, int value_size, int64_t stride, int begin,
                       int end, const Queries& queries, const Partials& partials);
   // Returns a cache type, null where there is none of that name.

@@ -8,9 +8,11 @@ namespace mla {
 
 namespace {
 
-constexpr int kSplitSlots = 128;  // slots of a sequence that one task attends to at least
+constexpr int kSplitSlots = 128;  // twice as many slots of a sequence are more than one task, four times more than two
+constexpr int64_t kSplitScores = 2048;  // with few queries more slots: they must pay for merging
 constexpr int kMinQueries = 32, kMaxQueries = 256;  // of a task, where there are as many
 constexpr int kMaxTasks = 32;  // of a sequence, where slots are split: each keeps what it found until all are merged
+constexpr int kKeptRows = 256;  // that tasks find: with so few a thread keeps its memory
 
 // Some queries of a sequence, and some of its slots.
 struct Task {
@@ -29,9 +31,9 @@ struct Plan {
   Plan(const AttentionCall& call, int64_t queries)
       : queries(queries), blocks((queries + kMaxQueries - 1) / kMaxQueries), first(1, 0) {
     if (call.tokens > 1) blocks = std::max(blocks, std::min<int64_t>(kMaxTasks, queries / kMinQueries));
-    const int splits = call.tokens > 1 ? 1 : static_cast<int>(std::max<int64_t>(1, kMaxTasks / blocks));
     for (int64_t b = 0; b < call.batch; ++b) {
-      const int length = call.length(b), step = std::max(kSplitSlots, (length + splits - 1) / splits);
+      const int length = call.length(b), parts = call.tokens > 1 ? 1 : splits(length);
+      const int step = std::max(1, (length + parts - 1) / parts);
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t query = begin(block), count = begin(block + 1) - query;
         for (int begin = 0; begin < length; begin += step)
@@ -41,27 +43,40 @@ struct Plan {
     }
   }
 
+  // How many tasks attend to the slots of a sequence: an even number, for as many threads.
+  int splits(int length) const {
+    const int64_t slots = std::max<int64_t>(kSplitSlots, kSplitScores / queries);
+    const int64_t wanted = length < 2 * kSplitSlots ? 1 : (length + 2 * slots - 1) / (2 * slots) * 2;
+    return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, kMaxTasks / blocks / 2 * 2)));
+  }
+
   // The first query of a block, and the block of a query: all have as many, or one more.
   int64_t begin(int64_t block) const { return block * queries / blocks; }
   int64_t block_of(int64_t query) const { return ((query + 1) * blocks - 1) / queries; }
 };
 
-// Merges what `count` parts found about query `i`, with m the largest score of all: sum of exp(top - m) * out, over sum
-// of exp(top - m) * sum.
-void merge(const Found* parts, int64_t count, int64_t i, int64_t size, float* out) {
-  std::fill(out, out + size, 0.0f);
-  float top = kNothing, sum = 0;
+// What a call works in. A thread keeps that of a small one: to ask for it takes as long as to attend to a few slots.
+struct Scratch {
+  std::vector<Lanes> rows;
+  std::vector<int32_t> limits;
+  std::vector<Found> found;
+};
+
+// Merges what `count` parts, at most kMaxTasks, found about query `i`, with m the largest score of all: sum of
+// exp(top - m) * out, over sum of exp(top - m) * sum.
+void merge(Found* parts, int64_t count, int64_t i, int64_t size, float* out) {
+  float top = kNothing, sum = 0, shares[kMaxTasks];
   for (int64_t j = 0; j < count; ++j) {
-    const float part = parts[j].tops[i];
+    const float part = parts[j].tops()[i];
     top = part > top || part != part ? part : top;
   }
   for (int64_t j = 0; j < count; ++j) {
-    if (parts[j].tops[i] == kNothing) continue;
-    const float share = std::exp(parts[j].tops[i] - top);
-    sum += share * parts[j].sums[i];
-    kernels().add(parts[j].row(i), share, out, size);
+    shares[j] = parts[j].tops()[i] == kNothing ? 0 : std::exp(parts[j].tops()[i] - top);
+    sum += shares[j] * parts[j].sums()[i];
   }
-  for (int64_t c = 0; c < size; ++c) out[c] /= sum;
+  std::fill(out, out + size, 0 / sum);  // no number where all scores are minus infinity
+  for (int64_t j = 0; j < count; ++j)
+    if (parts[j].tops()[i] != kNothing) kernels().add(parts[j].row(i), shares[j] / sum, out, size);
 }
 
 // q [B, T, N, R], q_rope [B, T, N, P] -> [B, T, N, R].
@@ -84,23 +99,34 @@ ffi::Error latent_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   if (out->element_count() == 0) return ffi::Error::Success();
   const int64_t queries = call.tokens * heads, width = padded(rank + rope);
   const Plan plan(call, queries);
-  std::vector<Lanes> rows(call.batch * queries * width / kLanes);
-  std::vector<int32_t> limits(call.batch * queries);
+  thread_local Scratch kept;
+  Scratch passing;
+  int64_t found_rows = 0;
+  for (const Task& task : plan.tasks) found_rows += task.count;
+  const bool is_small = found_rows <= kKeptRows;
+  Scratch& memory = is_small ? kept : passing;
+  std::vector<Lanes>& rows = memory.rows;
+  std::vector<int32_t>& limits = memory.limits;
+  std::vector<Found>& found = memory.found;
+  rows.resize(call.batch * queries * width / kLanes);
+  limits.resize(call.batch * queries);
+  found.resize(plan.tasks.size());
   parallel_for(pool, call.batch * call.tokens, [&](int64_t token) {
     for (int64_t i = token * heads; i < (token + 1) * heads; ++i) {
       float* row = rows[i * width / kLanes].of;
       std::copy_n(q.typed_data() + i * rank, rank, row);
       std::copy_n(q_rope.typed_data() + i * rope, rope, row + rank);
+      std::fill(row + rank + rope, row + width, 0.0f);
       limits[i] = call.positions[token];
     }
   });
-  std::vector<Found> found(plan.tasks.size());
   parallel_for(pool, static_cast<int64_t>(plan.tasks.size()), [&](int64_t i) {
     const Task& task = plan.tasks[i];
     const int64_t first = task.sequence * queries + task.first;
-    found[i] = Found(task.count, rank);
+    found[i].clear(task.count, rank);
     kernels().attend_latents(call.cache, call.pages + task.sequence * call.table, task.begin, task.end,
-                             {rows[first * width / kLanes].of, &limits[first], static_cast<int>(task.count), scale},
+                             {rows[first * width / kLanes].of, &limits[first], static_cast<int>(task.count), scale,
+                              call.tokens == 1, call.length(task.sequence)},
                              found[i].partials());
   });
   parallel_for(pool, call.batch * call.tokens, [&](int64_t token) {

@@ -31,6 +31,8 @@ struct Latents {
       tile.values = rows.data();
       for (int row = 0; row < count; ++row) kernels().quantise(&tile, row);
       tile.values = nullptr;
+      Selection all{&tile, nullptr, count};
+      arrange_here(true, &tile.tiles, &all);
     });
   }
 };
@@ -62,7 +64,8 @@ class Expansion {
       plain_.size = latents_.cache.latent.size;
     }
     const auto multiply = [&](const Matrix& matrix, int64_t size, float* out) {
-      const Selection rows{matrix.format->is_float ? &plain_ : quantised, nullptr, count};
+      const Activations* source = matrix.format->is_float ? &plain_ : quantised;
+      const Selection rows{source, nullptr, count, source->tiles.data()};
       matrix.format->matmul(matrix, 0, size, rows, out, stride());
     };
     multiply(keys_, key_size_, keys());
@@ -81,22 +84,27 @@ class Expansion {
 
 struct PrefillCall : AttentionCall {
   Heads keys, values;
-  const float* q;  // [batch, tokens, heads, width]
-  float* out;      // [batch, tokens, heads, value_size]
-  int64_t heads, width, value_size;
+  const float *q, *q_rope;  // [batch, tokens, heads, key_size] and [..., the width of the cached rotary part]
+  float* out;               // [batch, tokens, heads, value_size]
+  int64_t heads, key_size, value_size;
   float scale;
 
   int64_t row(int64_t b, int64_t token, int64_t n) const { return (b * tokens + token) * heads + n; }
 
   // Queries [first, first + count) of head n of sequence b.
   void attend(const Latents& latents, int64_t b, int64_t n, int64_t first, int64_t count) const {
+    const int64_t rope = cache.rope.size, width = key_size + rope;
     std::vector<Lanes> rows(count * padded(width) / kLanes);
-    for (int64_t i = 0; i < count; ++i)
-      std::copy_n(q + row(b, first + i, n) * width, width, rows[i * padded(width) / kLanes].of);
+    for (int64_t i = 0; i < count; ++i) {
+      float* query = rows[i * padded(width) / kLanes].of;
+      std::copy_n(q + row(b, first + i, n) * key_size, key_size, query);
+      std::copy_n(q_rope + row(b, first + i, n) * rope, rope, query + key_size);
+    }
     const int32_t* limits = positions + b * tokens + first;
     const Queries queries{rows[0].of, limits, static_cast<int>(count), scale};
-    Found found(count, value_size);
-    Expansion expansion(keys.of(n), values.of(n), width - cache.rope.size, value_size, latents);
+    Found found;
+    found.clear(count, value_size);
+    Expansion expansion(keys.of(n), values.of(n), key_size, value_size, latents);
     const int64_t last = *std::max_element(limits, limits + count);
     const int end = static_cast<int>(std::min<int64_t>(latents.length, last + 1));
     for (int begin = 0; begin < end; begin += kExpandSlots) {
@@ -107,7 +115,7 @@ struct PrefillCall : AttentionCall {
     }
     for (int64_t i = 0; i < count; ++i)
       for (int64_t c = 0; c < value_size; ++c)
-        out[row(b, first + i, n) * value_size + c] = found.row(i)[c] / found.sums[i];
+        out[row(b, first + i, n) * value_size + c] = found.row(i)[c] / found.sums()[i];
   }
 };
 
@@ -126,13 +134,13 @@ void attend_all(ffi::ThreadPool& pool, const PrefillCall& call) {
   }
 }
 
-// q [B, T, N, H + P] -> [B, T, N, V]; keys of head n are the rows from n * key_stride on of the first weight, values
-// those from n * value_stride + value_first on of the second.
-ffi::Error latent_prefill(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer key_blocks,
-                          ffi::AnyBuffer key_header, ffi::AnyBuffer value_blocks, ffi::AnyBuffer value_header,
-                          ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions, ffi::RemainingArgs parts,
-                          ffi::ResultBuffer<ffi::F32> out, std::string_view key_format, std::string_view value_format,
-                          int64_t key_stride, int64_t value_stride, int64_t value_first, int64_t rope,
+// q [B, T, N, H], q_rope [B, T, N, P] -> [B, T, N, V]; keys of head n are the rows from n * key_stride on of the first
+// weight, values those from n * value_stride + value_first on of the second.
+ffi::Error latent_prefill(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> q_rope,
+                          ffi::AnyBuffer key_blocks, ffi::AnyBuffer key_header, ffi::AnyBuffer value_blocks,
+                          ffi::AnyBuffer value_header, ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions,
+                          ffi::RemainingArgs parts, ffi::ResultBuffer<ffi::F32> out, std::string_view key_format,
+                          std::string_view value_format, int64_t key_stride, int64_t value_stride, int64_t value_first,
                           std::string_view latent_type, std::string_view rope_type, float scale) {
   PrefillCall call;
   call.keys.stride = key_stride;
@@ -143,21 +151,25 @@ ffi::Error latent_prefill(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
   if (ffi::Error error = read_matrix(key_blocks, key_header, key_format, &keys); error.failure()) return error;
   if (ffi::Error error = read_matrix(value_blocks, value_header, value_format, &values); error.failure())
     return error;
-  const Shape shape = q.dimensions(), result = out->dimensions();
+  const Shape shape = q.dimensions(), rotated = q_rope.dimensions(), result = out->dimensions();
+  if (shape.size() != 4 || rotated.size() != 4 || !equal(rotated, {shape[0], shape[1], shape[2], rotated[3]}))
+    return ffi::Error::InvalidArgument("the rotated parts do not fit the queries");
+  const int64_t rope = rotated[3];
   if (ffi::Error error = read_call(parts, shape, pages, positions, latent_type, rope_type, keys.size, rope, &call);
       error.failure())
     return error;
   if (result.size() != 4) return ffi::Error::InvalidArgument("the result must have four axes");
   call.q = q.typed_data();
+  call.q_rope = q_rope.typed_data();
   call.out = out->typed_data();
   call.heads = shape[2];
-  call.width = shape[3];
+  call.key_size = shape[3];
   call.value_size = result[3];
   call.scale = scale;
-  if (!equal(result, {call.batch, call.tokens, call.heads, call.value_size}) || call.width < rope)
+  if (!equal(result, {call.batch, call.tokens, call.heads, call.value_size}))
     return ffi::Error::InvalidArgument("the result does not fit the queries");
   if (out->element_count() == 0) return ffi::Error::Success();
-  if (values.size != keys.size || !call.keys.hold(call.heads, call.width - rope) ||
+  if (values.size != keys.size || !call.keys.hold(call.heads, call.key_size) ||
       !call.values.hold(call.heads, call.value_size))
     return ffi::Error::InvalidArgument("weights do not have rows for all heads");
   attend_all(pool, call);
@@ -169,6 +181,7 @@ ffi::Error latent_prefill(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_latent_prefill, latent_prefill,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
@@ -183,7 +196,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_latent_prefill, latent_prefill,
                                   .Attr<int64_t>("key_stride")
                                   .Attr<int64_t>("value_stride")
                                   .Attr<int64_t>("value_first")
-                                  .Attr<int64_t>("rope")
                                   .Attr<std::string_view>("latent_type")
                                   .Attr<std::string_view>("rope_type")
                                   .Attr<float>("scale"));

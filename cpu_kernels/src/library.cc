@@ -1,5 +1,7 @@
 // Which instruction set is in use, and what Python asks the library.
 #include <atomic>
+#include <cstring>
+#include <vector>
 
 #include "kernels.h"
 #include "xla/ffi/api/c_api.h"
@@ -97,6 +99,32 @@ extern "C" void mla_use(int n) { mla::in_use.store(mla::available(n), std::memor
 extern "C" const char* mla_format(int n) {
   const mla::Kernels& kernels = mla::kernels();
   return n < kernels.num_formats ? kernels.formats[n].name : nullptr;
+}
+
+// Of `mla_format`: the bytes of its blocks, and whether its weights may lie in panels, also to be read transposed.
+extern "C" int mla_block_bytes(int n) { return mla::kernels().formats[n].bytes; }
+extern "C" int mla_reads_panels(int n) { return mla::kernels().formats[n].reads_panels; }
+extern "C" int mla_transposes_panels(int n) { return mla::kernels().formats[n].transposes_panels; }
+
+// Lays `panels` times 16 rows of blocks out in panels, where they are. Of a block all but a scale of two bytes at `scale`
+// (or nowhere: -1) is words of four bytes, and comes after it or before.
+extern "C" void mla_to_panels(uint8_t* weight, int64_t panels, int64_t per_row, int64_t bytes, int64_t scale) {
+  constexpr int kRows = mla::ActivationTile::kRows;
+  const int64_t row_bytes = per_row * bytes, first = scale == 0 ? 2 : 0, words = bytes / 4;
+  std::vector<uint8_t> rows(kRows * row_bytes);
+  uint8_t* out = weight;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    std::memcpy(rows.data(), out, rows.size());
+    for (int64_t b = 0; b < per_row; ++b, out += kRows * bytes) {
+      const uint8_t* block = rows.data() + b * bytes;
+      uint8_t* codes = out + first * kRows;
+      uint8_t* scales = scale == 0 ? out : out + 4 * words * kRows;
+      for (int row = 0; row < kRows; ++row, block += row_bytes) {
+        for (int64_t w = 0; w < words; ++w) std::memcpy(codes + (w * kRows + row) * 4, block + first + 4 * w, 4);
+        if (scale >= 0) std::memcpy(scales + 2 * row, block + scale, 2);
+      }
+    }
+  }
 }
 
 // MLA_SOURCES comes from CMakeLists.txt: a digest of what the library is built from.

@@ -16,9 +16,10 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
   const int64_t rows = matrix.rows == 0 ? 0 : out->element_count() / matrix.rows;
   Activations& activations = scratch(0);
   read_activations(pool, x.typed_data(), rows, matrix.size, !matrix.format->is_float, &activations);
+  Selection all{&activations, nullptr, static_cast<int>(rows)};
+  arrange(pool, &activations, !matrix.format->is_float, &all);
   const int64_t step = rows_per_task(matrix, 1, pool.num_threads());
   parallel_for(pool, rows == 0 ? 0 : (matrix.rows + step - 1) / step, [&](int64_t task) {
-    const Selection all{&activations, nullptr, static_cast<int>(rows)};
     matrix.format->matmul(matrix, task * step, std::min(matrix.rows, (task + 1) * step), all, out->typed_data(),
                           matrix.rows);
   });
@@ -39,8 +40,12 @@ ffi::Error head_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBu
   parallel_for(pool, tokens == 0 ? 0 : heads, [&](int64_t n) {
     std::vector<int32_t> rows(tokens);
     for (int64_t t = 0; t < tokens; ++t) rows[t] = static_cast<int32_t>(t * heads + n);
-    const Selection all{&activations, rows.data(), static_cast<int>(tokens)};
-    matrix.format->matmul(weight.of(n), 0, width, all, out->typed_data() + n * width, heads * width);
+    Selection all{&activations, rows.data(), static_cast<int>(tokens)};
+    thread_local std::vector<ActivationTile> tiles;
+    arrange_here(!matrix.format->is_float, &tiles, &all);
+    Matrix own = weight.of(n);
+    own.next = weight.of(std::min(n + pool.num_threads(), heads - 1)).blocks;
+    matrix.format->matmul(own, 0, width, all, out->typed_data() + n * width, heads * width);
   });
   return ffi::Error::Success();
 }
@@ -55,6 +60,9 @@ ffi::Error head_transposed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::A
   const int64_t tokens = x.dimensions()[0], heads = x.dimensions()[1], in = x.dimensions()[2];
   if (out->dimensions()[2] != matrix.size || !weight.hold(heads, in))
     return ffi::Error::InvalidArgument("x, the weight and its heads do not fit each other");
+  if (in == 0) std::fill_n(out->typed_data(), out->element_count(), 0.0f);
+  if (matrix.in_panels && !matrix.format->transposes_panels)
+    return ffi::Error::InvalidArgument("panels of format " + std::string(format) + " are not read transposed");
   constexpr int64_t kStep = 16;  // tokens
   parallel_for(pool, (tokens + kStep - 1) / kStep * heads, [&](int64_t task) {
     const int64_t n = task % heads, first = task / heads * kStep, i = first * heads + n;

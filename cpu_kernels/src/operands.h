@@ -14,6 +14,7 @@ namespace mla {
 
 namespace ffi = xla::ffi;
 
+constexpr int kPanelRows = ActivationTile::kRows;
 constexpr int64_t kTaskBytes = 64 << 10;  // weights per task: enough to pay for taking it
 
 // Returns activations that this thread keeps, so that their memory is taken once.
@@ -22,8 +23,8 @@ inline Activations& scratch(int which) {
   return kept[which];
 }
 
-// Describes a weight: blocks [..., rows, blocks of a row, bytes], or numbers [..., rows, size], of which the first
-// matrix is meant.
+// Describes a weight: blocks [..., rows, blocks of a row, bytes], panels [..., rows / 16, blocks of a row, 16 * bytes],
+// or numbers [..., rows, size]. The first matrix is meant.
 inline ffi::Error read_matrix(const ffi::AnyBuffer& blocks, const ffi::AnyBuffer& header, std::string_view name,
                               Matrix* out) {
   const Format* format = kernels().find(name);
@@ -32,16 +33,20 @@ inline ffi::Error read_matrix(const ffi::AnyBuffer& blocks, const ffi::AnyBuffer
     return ffi::Error::InvalidArgument("the codebook of format " + std::string(name) + " was not set");
   const auto dims = blocks.dimensions();
   const size_t per_row = format->is_float ? 1 : 2;
-  if (dims.size() < per_row + 1 || (!format->is_float && dims.back() != format->bytes))
+  const bool in_panels = dims.size() > 0 && !format->is_float && dims.back() == kPanelRows * format->bytes;
+  if (in_panels && !format->reads_panels)
+    return ffi::Error::InvalidArgument("panels are read with AVX-512 alone, not panels of format " + std::string(name));
+  if (dims.size() < per_row + 1 || (!format->is_float && !in_panels && dims.back() != format->bytes))
     return ffi::Error::InvalidArgument("blocks do not have the shape of format " + std::string(name));
-  int64_t rows = 1;
+  int64_t rows = in_panels ? kPanelRows : 1;
   for (size_t i = 0; i + per_row < dims.size(); ++i) rows *= dims[i];
   if (static_cast<int64_t>(header.size_bytes()) < rows * format->header_bytes)
     return ffi::Error::InvalidArgument("headers are missing for format " + std::string(name));
   out->format = format;
-  out->rows = dims[dims.size() - per_row - 1];
+  out->in_panels = in_panels;
+  out->rows = dims[dims.size() - per_row - 1] * (in_panels ? kPanelRows : 1);
   out->size = format->is_float ? dims.back() : dims[dims.size() - 2] * format->block;
-  out->row_bytes = format->is_float ? dims.back() * format->bytes : dims[dims.size() - 2] * dims.back();
+  out->row_bytes = format->is_float ? dims.back() * format->bytes : dims[dims.size() - 2] * format->bytes;
   out->header_bytes = format->header_bytes;
   out->blocks = static_cast<const uint8_t*>(blocks.untyped_data());
   out->end = out->blocks + blocks.size_bytes();
@@ -57,6 +62,7 @@ struct Heads {
   Matrix of(int64_t n) const { return matrix.from_row(n * stride + first); }
 
   bool hold(int64_t heads, int64_t size) const {
+    if (matrix.in_panels && (stride % kPanelRows || first % kPanelRows || size % kPanelRows)) return false;
     const int64_t rows = matrix.row_bytes == 0 ? 0 : (matrix.end - matrix.blocks) / matrix.row_bytes;
     const auto within = [&](int64_t row) { return row >= 0 && row <= rows; };
     return within(stride) && within(first) && within((heads - 1) * stride + first + size);
@@ -76,6 +82,30 @@ inline void read_activations(ffi::ThreadPool& pool, const float* x, int64_t rows
     for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row)
       kernels().quantise(out, static_cast<int>(row));
   });
+}
+
+// Whether products with some rows of activations, quantised where the weights are, need tiles of them.
+inline bool needs_tiles(const Selection& x, bool quantised) {
+  return quantised && x.count > kFewRows && kernels().arrange != nullptr;
+}
+
+// Lays a selection out in tiles, if products with it need these.
+inline void arrange_here(bool quantised, std::vector<ActivationTile>* memory, Selection* x) {
+  if (!needs_tiles(*x, quantised)) return;
+  const int64_t chunks = x->source->chunks();
+  hold(x->num_tiles() * chunks, memory);
+  for (int64_t tile = 0; tile < x->num_tiles(); ++tile) kernels().arrange(*x, tile, memory->data() + tile * chunks);
+  x->tiles = memory->data();
+}
+
+// The same of all rows of some activations, which keep the tiles, by several threads.
+inline void arrange(ffi::ThreadPool& pool, Activations* memory, bool quantised, Selection* x) {
+  if (!needs_tiles(*x, quantised)) return;
+  hold(x->num_tiles() * memory->chunks(), &memory->tiles);
+  parallel_for(pool, x->num_tiles(), [&](int64_t tile) {
+    kernels().arrange(*x, tile, memory->tiles.data() + tile * memory->chunks());
+  });
+  x->tiles = memory->tiles.data();
 }
 
 // Returns how many rows of `parts` matrices a task takes: enough tasks for balance, each worth its taking.

@@ -48,7 +48,7 @@ class Helpers {
   }
 
   Work next() {
-    constexpr auto kAwake = std::chrono::microseconds(20);
+    constexpr auto kAwake = std::chrono::microseconds(100);
     const auto since = std::chrono::steady_clock::now();
     awake_.fetch_add(1);
     Work found;

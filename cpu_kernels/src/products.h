@@ -14,11 +14,12 @@
 namespace MLA_ISA {
 
 using mla::Activations;
+using mla::ActivationTile;
 using mla::Matrix;
 using mla::Selection;
 using mla::Vectors;
 
-constexpr int kPanelRows = 16;
+constexpr int kPanelRows = ActivationTile::kRows;
 
 // A chunk in memory. What lies past the end of a row has scale and offset 0.
 template <int kGroup>
@@ -34,6 +35,12 @@ template <class F>
 constexpr bool kInRegisters = true;
 template <int kGroup>
 constexpr bool kInRegisters<Unpacked<kGroup>> = false;
+
+// How many groups chunk `c` of a row has.
+template <class F>
+inline int groups_in(const Matrix& matrix, int c) {
+  return static_cast<int>(std::min<int64_t>(matrix.size - static_cast<int64_t>(c) * kChunk, kChunk)) / F::kGroup;
+}
 
 template <class F>
 inline void unpack(const Matrix& matrix, int64_t row, int chunk, Codes<F::kGroup>* out) {
@@ -54,7 +61,7 @@ inline void unpack(const Matrix& matrix, int64_t row, int chunk, Codes<F::kGroup
 }  // namespace MLA_ISA
 
 #if defined(__AVX512VNNI__)
-#include "products512.h"
+#include "transposed512.h"
 #else
 #include "products_plain.h"
 #endif

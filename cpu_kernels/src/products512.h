@@ -1,5 +1,5 @@
 // Products for AVX-512 with VNNI: `vpdpbusd` adds four products of unsigned and signed bytes in each lane.
-// One or two rows of activations meet weights in registers, more of them panels in memory.
+// One or two rows of activations meet weights in registers.
 #pragma once
 
 #include <type_traits>
@@ -51,12 +51,6 @@ inline int chunk_bytes(const Matrix& matrix) {
     return kChunk / F::kBlock * F::kBytes;
   else
     return kChunk / matrix.format->block * matrix.format->bytes;
-}
-
-// How many groups chunk `c` of a row has.
-template <class F>
-inline int groups_in(const Matrix& matrix, int c) {
-  return static_cast<int>(std::min<int64_t>(matrix.size - static_cast<int64_t>(c) * kChunk, kChunk)) / F::kGroup;
 }
 
 // Adds up each of four registers.
@@ -183,7 +177,7 @@ struct IntegerDot {
     if constexpr (!kInRegisters<F>)
       for (int k = 0; k < kRows; ++k) unpack<F>(matrix, r + k, 0, &memory[0][k]);
     for (int c = 0; c * kChunk < matrix.size; ++c) {
-      for (const uint8_t* end = ahead + kRows * bytes; ahead < end; ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+      for (const uint8_t* end = ahead + kRows * bytes; ahead < end; ahead += 64) _mm_prefetch(ahead, _MM_HINT_NTA);
       if constexpr (!kInRegisters<F>)
         for (int k = 0; k < kRows && (c + 1) * kChunk < matrix.size; ++k)
           unpack<F>(matrix, r + k, c + 1, &memory[(c + 1) % 2][k]);
@@ -203,35 +197,24 @@ class ColumnSums {
   // Adds x[t * stride + i] times chunk `c` of row `r + i`, for `count` rows.
   void add(const Matrix& matrix, int64_t r, int count, int c, const float* x, int64_t stride) {
     Memory<F> memory[kRows];
-    alignas(64) float factors[kRows][kCount][16];  // of each group
+    alignas(64) Factors factors;  // of each group
     const int groups = groups_in<F>(matrix, c);
     for (int i = 0; i < count; ++i) {
       if constexpr (!kInRegisters<F>) unpack<F>(matrix, r + i, c, &memory[i]);
       const auto chunk = chunk_of<F>(matrix, r + i, c, memory[i]);
-      const __m512 scale = first_of(widen(chunk.scales()), groups), offset = first_of(widen(chunk.offsets()), groups);
+      const __m512 scale = first_of(widen(chunk.scales()), groups), offset = first_of(widen(offsets_of(chunk)), groups);
       for (int t = 0; t < kCount; ++t) {
         const __m512 number = _mm512_set1_ps(x[t * stride + i]);
         _mm512_store_ps(factors[i][t], _mm512_mul_ps(scale, number));
         offsets_[t] = _mm512_fmadd_ps(offset, number, offsets_[t]);
       }
     }
-    for (int part = 0; part < (groups * F::kGroup + 31) / 32; ++part) {
-      __m512 sums[kCount][2];
-      for (int t = 0; t < kCount; ++t)
-        for (int half = 0; half < 2; ++half) sums[t][half] = sums_[t][2 * part + half];
-      for (int i = 0; i < count; ++i) {
-        const __m256i codes = chunk_of<F>(matrix, r + i, c, memory[i]).codes(part);
-        const __m512 low = floats_of(_mm256_castsi256_si128(codes));
-        const __m512 high = floats_of(_mm256_extracti128_si256(codes, 1));
-        for (int t = 0; t < kCount; ++t) {
-          const float* factor = factors[i][t] + part * (32 / F::kGroup);
-          sums[t][0] = _mm512_fmadd_ps(low, _mm512_set1_ps(factor[0]), sums[t][0]);
-          sums[t][1] = _mm512_fmadd_ps(high, _mm512_set1_ps(factor[F::kGroup == 32 ? 0 : 1]), sums[t][1]);
-        }
-      }
-      for (int t = 0; t < kCount; ++t)
-        for (int half = 0; half < 2; ++half) sums_[t][2 * part + half] = sums[t][half];
-    }
+    // Sums of one vector follow each other: four parts at a time keep the units busy meanwhile.
+    constexpr int kParts = kCount == 1 ? 4 : 1;
+    const int parts = (groups * F::kGroup + 31) / 32;
+    int part = 0;
+    for (; part + kParts <= parts; part += kParts) add_parts<kParts>(matrix, r, count, c, memory, factors, part);
+    for (; part < parts; ++part) add_parts<1>(matrix, r, count, c, memory, factors, part);
   }
 
   void store(int t, float* out) const {
@@ -242,130 +225,53 @@ class ColumnSums {
   }
 
  private:
+  using Factors = float[kRows][kCount][16];
+
+  template <int kParts>
+  void add_parts(const Matrix& matrix, int64_t r, int count, int c, const Memory<F>* memory, const Factors& factors,
+                 int first) {
+    __m512 sums[kParts][kCount][2];
+    for (int p = 0; p < kParts; ++p)
+      for (int t = 0; t < kCount; ++t)
+        for (int half = 0; half < 2; ++half) sums[p][t][half] = sums_[t][2 * (first + p) + half];
+    for (int i = 0; i < count; ++i) {
+      const auto chunk = chunk_of<F>(matrix, r + i, c, memory[i]);
+      for (int p = 0; p < kParts; ++p) {
+        const __m512 low = numbers_of(chunk, first + p, 0), high = numbers_of(chunk, first + p, 1);
+        for (int t = 0; t < kCount; ++t) {
+          const float* factor = factors[i][t] + (first + p) * (32 / F::kGroup);
+          sums[p][t][0] = _mm512_fmadd_ps(low, _mm512_set1_ps(factor[0]), sums[p][t][0]);
+          sums[p][t][1] = _mm512_fmadd_ps(high, _mm512_set1_ps(factor[F::kGroup == 32 ? 0 : 1]), sums[p][t][1]);
+        }
+      }
+    }
+    for (int p = 0; p < kParts; ++p)
+      for (int t = 0; t < kCount; ++t)
+        for (int half = 0; half < 2; ++half) sums_[t][2 * (first + p) + half] = sums[p][t][half];
+  }
+
   static __m512 widen(__m256 groups) { return _mm512_zextps256_ps512(groups); }
   static __m512 widen(__m512 groups) { return groups; }
-  static __m512 floats_of(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)); }
+
+  // Half of 32 columns as numbers that still need their scale and offset. Signed bytes are read as they are.
+  template <class Source>
+  static __m512 numbers_of(const Source& chunk, int part, int half) {
+    const __m256i codes = chunk.codes(part);
+    const __m128i bytes = half == 0 ? _mm256_castsi256_si128(codes) : _mm256_extracti128_si256(codes, 1);
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+  }
+  static __m512 numbers_of(const Chunk<Q8_0>& chunk, int part, int half) {
+    const uint8_t* bytes = chunk.p + Q8_0::kBytes * part + 2 + 16 * half;
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+  }
+  template <class Source>
+  static auto offsets_of(const Source& chunk) {
+    return chunk.offsets();
+  }
+  static __m256 offsets_of(const Chunk<Q8_0>&) { return _mm256_setzero_ps(); }
 
   __m512 sums_[kCount][kChunk / 16] = {};
   __m512 offsets_[kCount] = {};  // a lane for each group
-};
-
-// Turns 16 rows of 16 words of four bytes into columns; rows are `stride` bytes apart.
-inline void transpose_words(const void* first, size_t stride, void* out) {
-  const auto* rows = static_cast<const uint8_t*>(first);
-  auto* columns = static_cast<uint8_t*>(out);
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows + i * stride);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-    }
-  for (int j = 0; j < 4; ++j)
-    for (int half = 0; half < 2; ++half) {
-      b[8 * half + j] = _mm512_shuffle_i32x4(a[8 * half + j], a[8 * half + 4 + j], 0x88);
-      b[8 * half + 4 + j] = _mm512_shuffle_i32x4(a[8 * half + j], a[8 * half + 4 + j], 0xDD);
-    }
-  for (int j = 0; j < 8; ++j) {
-    _mm512_storeu_si512(columns + 64 * j, _mm512_shuffle_i32x4(b[j], b[8 + j], 0x88));
-    _mm512_storeu_si512(columns + 64 * (j + 8), _mm512_shuffle_i32x4(b[j], b[8 + j], 0xDD));
-  }
-}
-
-// Adds the products of each lane's four codes with the same four activations. GCC makes copies and a load of its own
-// of the intrinsic, which take as long as the products.
-inline __m512i add_products(__m512i sums, __m512i codes, const int8_t* x) {
-  typedef int32_t Four __attribute__((may_alias, aligned(1)));
-  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*reinterpret_cast<const Four*>(x)));
-  return sums;
-}
-
-// As `unpack`, from registers where all of the chunk is there.
-template <class F>
-inline void unpack_fast(const Matrix& matrix, int64_t row, int chunk, Codes<F::kGroup>* out) {
-  if constexpr (kInRegisters<F>)
-    if (groups_in<F>(matrix, chunk) == kChunk / F::kGroup) {
-      const Chunk<F> source({matrix.header + row * matrix.header_bytes, matrix.blocks + row * matrix.row_bytes}, chunk);
-      const auto scales = source.scales(), offsets = source.offsets();
-      std::memcpy(out->scales, &scales, sizeof(scales));
-      std::memcpy(out->offsets, &offsets, sizeof(offsets));
-      for (int i = 0; i < 8; ++i) {
-        const __m256i codes = source.codes(i);
-        std::memcpy(out->codes + 32 * i, &codes, sizeof(codes));
-      }
-      return;
-    }
-  unpack<F>(matrix, row, chunk, out);
-}
-
-template <int kGroup>
-struct Panel {
-  static constexpr int kGroups = kChunk / kGroup, kQuads = kGroup / 4, kLevels = kGroup == 32 ? 3 : 4;
-  Codes<kGroup> rows[kPanelRows];
-  alignas(64) uint8_t codes[kChunk / 4][kPanelRows][4];  // four columns of a row beside the same four of the next
-  alignas(64) float scales[16][kPanelRows];  // of kGroups
-  alignas(64) float offsets[16][kPanelRows];
-
-  Codes<kGroup>* row(int k) { return &rows[k]; }
-
-  void finish() {
-    for (int part = 0; part < 4; ++part)
-      transpose_words(rows[0].codes + 64 * part, sizeof(rows[0]), codes[16 * part]);
-    transpose_words(rows[0].scales, sizeof(rows[0]), scales);
-    transpose_words(rows[0].offsets, sizeof(rows[0]), offsets);
-  }
-
-  template <int kCount>
-  void multiply_tile(const Selection& x, int first, int chunk, float* sums) const {
-    const int8_t* x_codes[kCount];
-    const float *x_scales[kCount], *x_sums[kCount];
-    __m512 total[kCount];
-    for (int t = 0; t < kCount; ++t) {
-      const int row = x.row(first + t);
-      x_codes[t] = x.source->codes_of(row) + chunk * kChunk;
-      x_scales[t] = x.source->scales_of(row) + 8 * chunk;
-      x_sums[t] = kGroup == 32 ? x.source->sums32_of(row) + 8 * chunk : x.source->sums16_of(row) + 16 * chunk;
-      total[t] = _mm512_loadu_ps(sums + (first + t) * kPanelRows);
-    }
-    __m512 parts[kLevels][kCount];  // sums over 1, 2, 4, ... groups that wait for as many others
-    for (int n = 0; n < kGroups; ++n) {
-      const int g = kGroup == 32 ? n : n / 2 + 8 * (n % 2);
-      const __m512 scale = _mm512_load_ps(scales[g]), offset = _mm512_load_ps(offsets[g]);
-      __m512i dots[kCount];
-      for (int t = 0; t < kCount; ++t) dots[t] = _mm512_setzero_si512();
-      for (int q = 0; q < kQuads; ++q) {
-        const __m512i weights = _mm512_load_si512(codes[g * kQuads + q]);
-        for (int t = 0; t < kCount; ++t) dots[t] = add_products(dots[t], weights, x_codes[t] + g * kGroup + 4 * q);
-      }
-      __m512 products[kCount];
-      for (int t = 0; t < kCount; ++t) {
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[t][g * kGroup / 32]));
-        products[t] = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[t]), both);
-        products[t] = _mm512_fmadd_ps(offset, _mm512_set1_ps(x_sums[t][g]), products[t]);
-      }
-      int level = 0;
-      for (; n >> level & 1; ++level)
-        for (int t = 0; t < kCount; ++t) products[t] = _mm512_add_ps(parts[level][t], products[t]);
-      for (int t = 0; t < kCount; ++t)
-        if (n + 1 < kGroups)
-          parts[level][t] = products[t];
-        else
-          total[t] = _mm512_add_ps(total[t], products[t]);
-    }
-    for (int t = 0; t < kCount; ++t) _mm512_storeu_ps(sums + (first + t) * kPanelRows, total[t]);
-  }
-
-  // sums[t][k] += dot(activations t, row k) over the chunk.
-  void multiply(const Selection& x, int chunk, float* sums) const {
-    int t = 0;
-    for (; t + 12 <= x.count; t += 12) multiply_tile<12>(x, t, chunk, sums);
-    for (; t + 4 <= x.count; t += 4) multiply_tile<4>(x, t, chunk, sums);
-    for (; t < x.count; ++t) multiply_tile<1>(x, t, chunk, sums);
-  }
 };
 
 }  // namespace MLA_ISA

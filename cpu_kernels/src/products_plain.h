@@ -9,6 +9,8 @@
 
 namespace MLA_ISA {
 
+constexpr decltype(mla::Kernels::arrange) arrange = nullptr;  // panels meet rows as they are
+
 template <class F>
 inline void unpack_fast(const Matrix& matrix, int64_t row, int chunk, Codes<F::kGroup>* out) {
   unpack<F>(matrix, row, chunk, out);
@@ -55,7 +57,7 @@ struct Panel {
   Codes<kGroup> rows[kPanelRows];
 
   Codes<kGroup>* row(int k) { return &rows[k]; }
-  void finish() {}
+  void finish(int) {}
 
   template <int kCount>
   void multiply_tile(const Selection& x, int first, int chunk, float* sums) const {
@@ -74,5 +76,19 @@ struct Panel {
     for (; t < x.count; ++t) multiply_tile<1>(x, t, chunk, sums);
   }
 };
+
+// Weights that are in panels already are for others: these are never defined.
+template <class F>
+constexpr bool kReadsPanels = false;
+template <class F>
+constexpr bool kTransposesPanels = false;
+template <class F>
+void fill(const Matrix& matrix, int64_t r, int c, Panel<F::kGroup>* out);
+bool few_for_panels(int count);
+template <class F>
+void multiply_in_panels(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out,
+                        int64_t stride);
+template <class F>
+void transposed_in_panels(const Matrix& matrix, int64_t begin, int count, const Vectors& x);
 
 }  // namespace MLA_ISA

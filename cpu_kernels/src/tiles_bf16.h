@@ -110,6 +110,7 @@ void add_columns(const PairTile& tile, int pairs, const uint32_t (*weights)[kPai
   }
 }
 
+// The slot after an odd number of them must be finite.
 template <int kQueries>
 void add_values(const PairTile& tile, int count, const float (*weights)[PairTile::kSlots], const float* shrink,
                 float* out) {
@@ -117,8 +118,8 @@ void add_values(const PairTile& tile, int count, const float (*weights)[PairTile
   for (int i = 0; i < kQueries; ++i) _mm512_storeu_si512(pairs[i], to_pairs(weights[i]));
   constexpr int kParts = kWidth / kQueries;
   const int whole = tile.value_size / (kParts * kWidth) * (kParts * kWidth);
-  add_columns<kQueries, kParts>(tile, count / 2, pairs, shrink, 0, whole, out);
-  add_columns<kQueries, 1>(tile, count / 2, pairs, shrink, whole, tile.value_size, out);
+  add_columns<kQueries, kParts>(tile, (count + 1) / 2, pairs, shrink, 0, whole, out);
+  add_columns<kQueries, 1>(tile, (count + 1) / 2, pairs, shrink, whole, tile.value_size, out);
 }
 
 }  // namespace MLA_ISA

@@ -10,8 +10,9 @@
 namespace MLA_ISA {
 
 // Queries, keys and values: rows of padded sizes, those of slots `stride` apart.
+template <int kNumSlots>
 struct FloatTile {
-  static constexpr int kSlots = 64;
+  static constexpr int kSlots = kNumSlots;
 
   const float* queries;
   const float* keys;
@@ -26,13 +27,14 @@ struct FloatTile {
     part.values += slot * stride;
     return part;
   }
+  Part value(int slot, int c) const { return load_part(values + slot * stride + c); }
   static Vector round(Vector weights) { return weights; }
 };
 
 // kQueries queries meet as many slots at a time as there are registers for: each key is loaded once for all of them.
-// The number of slots is a multiple of 16.
-template <int kQueries>
-void score(const FloatTile& tile, int count, float (*scores)[FloatTile::kSlots]) {
+// Slots after `count` up to a multiple of 16 may be read; what their scores are then does not matter.
+template <int kQueries, int kTile>
+void score(const FloatTile<kTile>& tile, int count, float (*scores)[kTile]) {
   constexpr int kSlots = kWidth / kQueries;
   const int64_t stride = tile.stride;
   const int size = tile.key_size;
@@ -53,20 +55,18 @@ void score(const FloatTile& tile, int count, float (*scores)[FloatTile::kSlots])
   }
 }
 
-// out = shrink * out + weights * values, in columns [begin, end).
-template <int kQueries, int kParts>
-void add_columns(const FloatTile& tile, int count, const float (*weights)[FloatTile::kSlots], const float* shrink,
-                 int begin, int end, float* out) {
-  const int64_t stride = tile.stride;
+// out = shrink * out + weights * values, in columns [begin, end) of a tile that gives a register of each value.
+template <int kQueries, int kParts, class Tile>
+void add_columns(const Tile& tile, int count, const float (*weights)[Tile::kSlots], const float* shrink, int begin,
+                 int end, float* out) {
   const int size = tile.value_size;
   for (int c = begin; c < end; c += kParts * kWidth) {
-    const float* values = tile.values + c;
     Part total[kQueries][kParts];
     for (int i = 0; i < kQueries; ++i)
       for (int j = 0; j < kParts; ++j) total[i][j] = load_part(out + i * size + c + j * kWidth) * shrink[i];
     for (int s = 0; s < count; ++s) {
       Part value[kParts];
-      for (int j = 0; j < kParts; ++j) value[j] = load_part(values + s * stride + j * kWidth);
+      for (int j = 0; j < kParts; ++j) value[j] = tile.value(s, c + j * kWidth);
       for (int i = 0; i < kQueries; ++i)
         for (int j = 0; j < kParts; ++j) total[i][j] += value[j] * weights[i][s];
     }
@@ -75,9 +75,8 @@ void add_columns(const FloatTile& tile, int count, const float (*weights)[FloatT
   }
 }
 
-template <int kQueries>
-void add_values(const FloatTile& tile, int count, const float (*weights)[FloatTile::kSlots], const float* shrink,
-                float* out) {
+template <int kQueries, class Tile>
+void add_values(const Tile& tile, int count, const float (*weights)[Tile::kSlots], const float* shrink, float* out) {
   constexpr int kParts = kWidth / kQueries;
   const int whole = tile.value_size / (kParts * kWidth) * (kParts * kWidth);
   add_columns<kQueries, kParts>(tile, count, weights, shrink, 0, whole, out);

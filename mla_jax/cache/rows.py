@@ -49,9 +49,15 @@ class _Rows:
         return first, second
 
     def _write(self, pool, new, slots):
-        pages, (num_pages, page_size, *_) = self.table(slots.shape[0]), pool.shape
-        page = jnp.take_along_axis(pages, slots // page_size, axis=1, mode="fill", fill_value=num_pages)
-        set_part = lambda part, new_part: part.at[page, slots % page_size].set(new_part, mode="drop")
+        pages = self.table(slots.shape[0]) if self.pages is None else self.pages
+        num_pages, page_size = pool.shape[0], jnp.int32(pool.shape[1])
+        # What does not change in the loop that decodes, such as which pages are negative, XLA takes out of it
+        # for each layer and part, and then does not see that these places are the same for all of them.
+        page = jnp.take_along_axis(
+            pages, jax.lax.div(slots, page_size), axis=1, mode="fill", fill_value=num_pages
+        )
+        page, place = jnp.where(page < 0, num_pages, page), jax.lax.rem(slots, page_size)
+        set_part = lambda part, new_part: part.at[page, place].set(new_part, mode="drop")
         return jax.tree.map(set_part, pool, codec.encode(new, codec.type_of(pool)))
 
     def table(self, batch: int) -> jax.Array:
@@ -82,6 +88,30 @@ class LatentRows(_Rows):
     def append(self, latent: jax.Array, rope: jax.Array, slots: jax.Array) -> "LatentRows":
         """Returns rows with `latent` [B, T, R], `rope` [B, T, P] at `slots` i32[B, T]; slot S is dropped."""
         latent, rope = self._write(self.latent, latent, slots), self._write(self.rope, rope, slots)
+        return dataclasses.replace(self, latent=latent, rope=rope)
+
+    def append_by(self, kernel, kv, norm, cos, sin, slots, **settings) -> "LatentRows":
+        """Returns rows to which a kernel has appended what the down-projection gives of new tokens.
+
+        Args:
+          kernel: from `kv` to `sin`, pages, `slots` and the arrays and types of both parts to their arrays.
+          kv: f32[B, T, R + P], the latent not normalised and the rotary part not rotated yet.
+          norm: f32[R] weight of the norm of latents.
+          cos: f32[B, T, P / 2] of the angle of each pair.
+          sin: like `cos`.
+          slots: i32[B, T]; slot S is dropped.
+          **settings: of the kernel.
+        """
+        kinds = codec.type_of(self.latent), codec.type_of(self.rope)
+        pools = kernel(
+            *(kv, norm, cos, sin, self.table(slots.shape[0]), slots),
+            codec.parts(self.latent),
+            codec.parts(self.rope),
+            latent_type=kinds[0],
+            rope_type=kinds[1],
+            **settings,
+        )
+        latent, rope = (codec.from_parts(pool, kind) for pool, kind in zip(pools, kinds, strict=True))
         return dataclasses.replace(self, latent=latent, rope=rope)
 
 

@@ -17,6 +17,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from cpu_kernels import panels
+from mla_jax import quant
 from mla_jax.cache.rows import Cache
 from mla_jax.config import MLAMode, ModelConfig, RunConfig
 
@@ -32,12 +34,29 @@ def fingerprint(config: ModelConfig, params) -> str:
     for all: a fine-tune shows, a single altered number may not.
     """
     digest = hashlib.sha256(repr(config).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        values = np.asarray(leaf).reshape(-1)
-        places = np.random.default_rng(0).integers(values.size, size=_SAMPLES)  # a stride would meet blocks
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(values[places].tobytes())
+    in_panels = lambda leaf: isinstance(leaf, quant.PanelTensor)
+    for path, weight in jax.tree_util.tree_leaves_with_path(params, is_leaf=in_panels):
+        for name, leaf, shape in _arrays(weight):
+            values = np.asarray(leaf).reshape(-1)
+            places = np.random.default_rng(0).integers(
+                values.size, size=_SAMPLES
+            )  # a stride would meet blocks
+            if name == ".blocks":
+                places = panels.places(places, shape, format=weight.format)
+            digest.update(f"{jax.tree_util.keystr(path)}{name} {shape} {leaf.dtype}".encode())
+            digest.update(values[places].tobytes())
     return digest.hexdigest()
+
+
+def _arrays(weight):
+    """Yields the end of the path, the array and the shape in blocks of a leaf, or of each part of panels."""
+    if not isinstance(weight, quant.PanelTensor):
+        yield "", weight, weight.shape
+        return
+    block_bytes = quant.FORMATS[weight.format].block_bytes
+    yield ".blocks", weight.panels, (*weight.shape[:-1], weight.panels.shape[-2], block_bytes)
+    if weight.header is not None:
+        yield ".header", weight.header, weight.header.shape
 
 
 def save(

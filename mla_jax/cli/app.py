@@ -237,7 +237,7 @@ def _overview():
 
 def _help(name, values: absl_flags.FlagValues):
     short = {flag: alias for alias, flag in _flags_of(name).ALIASES.items() if len(alias) < 4}
-    rows = [_help_row(values[flag], short.get(flag)) for flag in values]
+    rows = [_help_row(values[flag], short.get(flag)) for flag in values if flag != "help"]
     width = max(len(spelling) for spelling, _ in rows)
     lines = [f"usage: {_usage(name, values)}: {_COMMANDS[name].text}", ""]
     return "\n".join(lines + [f"  {spelling:<{width}}  {text}" for spelling, text in rows])
@@ -254,7 +254,7 @@ def _help_row(flag, short):
     """Returns the spelling of a flag with its values, and what it does with its default."""
     spelling = argv_lib.spelled(flag.name)
     if flag.boolean:
-        spelling = f"--[no-]{spelling[2:]}" if flag.default else spelling
+        spelling = f"--[no-]{spelling[2:]}" if flag.default is not False else spelling
     else:
         choices = "|".join(getattr(flag.parser, "enum_values", None) or [_VALUE_NAMES[flag.flag_type()]])
         spelling += f" {choices if len(choices) < _LONGEST_CHOICES else 'NAME'}"

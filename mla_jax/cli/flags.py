@@ -61,7 +61,6 @@ _NOT_YET = "it has no effect in this version."
 REFUSED = {
     "v_cache_hadamard": "values are a part of the latent cache and are not rotated apart.",
     "cache_type_v": "values are a part of the latent cache, so its type is that of --cache-type-k.",
-    "run_time_repack": f"weights are read in the blocks of the file, so {_NOT_YET}",
     "split_mode": "devices share out the model by --mesh, and layers by -ot.",
     "tensor_split": "devices have equal parts of the model, by --mesh.",
     "fused_moe": f"the expert product has one form, so {_NOT_YET}",
@@ -131,6 +130,8 @@ def define_run(values: flags.FlagValues) -> None:
     text = "weights on the CPU stay in the file. [if they hardly fit into memory]"
     flags.DEFINE_boolean("mmap", None, text, **own)
     flags.DEFINE_boolean("mlock", False, "lock the weights in memory.", **own)
+    text = "lay weights out for the CPU kernels, and map none. [unless mapped]"
+    flags.DEFINE_boolean("run_time_repack", None, text, **own)
     flags.DEFINE_boolean(
         "grouped_expert_routing", True, "route within expert groups if the file has them.", **own
     )

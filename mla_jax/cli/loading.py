@@ -45,6 +45,7 @@ def load(values: absl_flags.FlagValues, *, on_one_device: bool = False, **more: 
         )
     if segments and more.get("programs", steps) is not steps:
         raise UsageError(f"-ngl must be 0 or 999 with --coordinator, got {values.n_gpu_layers}.")
+    _check_repack(values, on_one_device=not (segments or mesh))
     started = time.perf_counter()
     cache, told = _compilation_cache()
     model = generate_lib.load(
@@ -57,6 +58,7 @@ def load(values: absl_flags.FlagValues, *, on_one_device: bool = False, **more: 
         segments=segments,
         mesh=mesh,
         mmap=values.mmap,
+        run_time_repack=values.run_time_repack,
         **more,
     )
     model.expert_reduction = reduction_lib.per_layer(model.config, setting, layers)
@@ -72,15 +74,26 @@ def load(values: absl_flags.FlagValues, *, on_one_device: bool = False, **more: 
     if (setting or layers) and reduction_lib.describe(model.expert_reduction) == "off":
         used = model.config.moe.num_experts_per_token if model.config.moe else 0
         tell(f"Smart Expert Reduction has no effect: the model takes {used} experts a token")
-    if values["attention_max_batch"].present and model.run.mla == MLAMode.EXPANDED:
-        tell("--attention-max-batch has no effect with -mla 0")
-    if values.k_cache_hadamard and not (model.run.latent_rotation or model.run.rope_rotation):
-        tell(f"--k-cache-hadamard is off: a cache of type {values.cache_type_k} is not quantised")
+    _tell_of_cache(values, model.run)
     if model.ctx_size > model.config.context_length:
         tell(
             f"the context is longer than the {model.config.context_length} tokens that the model was made for"
         )
     return model
+
+
+def _check_repack(values, *, on_one_device):
+    if values.run_time_repack and values.mmap:
+        raise UsageError("--run-time-repack must come without --mmap: what it lays out is read, not mapped.")
+    if values.run_time_repack and not on_one_device:
+        tell("--run-time-repack has no effect with --mesh or -ngl: weights stay in blocks")
+
+
+def _tell_of_cache(values, run):
+    if values["attention_max_batch"].present and run.mla == MLAMode.EXPANDED:
+        tell("--attention-max-batch has no effect with -mla 0")
+    if values.k_cache_hadamard and not (run.latent_rotation or run.rope_rotation):
+        tell(f"--k-cache-hadamard is off: a cache of type {values.cache_type_k} is not quantised")
 
 
 def _tell_of_mesh(values, model):

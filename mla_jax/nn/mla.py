@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+import cpu_kernels
 from mla_jax.cache import HeadRows, LatentRows, rotate
 from mla_jax.config import MLAMode, ModelConfig, RunConfig
 from mla_jax.nn import collectives, mla_alone, mla_on_cpu, mla_on_gpu, mla_split
@@ -301,20 +302,33 @@ class MLAttention(nn.Module):
             q_BTQ = RMSNorm(self.config.norm_epsilon, name="q_a_norm")(q_BTQ)
             q = Linear(self._num_heads * mla.qk_head_dim, name="q_b")(q_BTQ)
         q_BTNA = q.reshape(*x.shape[:2], self._num_heads, mla.qk_head_dim)
-        q_BTNH, qr_BTNP = jnp.split(q_BTNA, [mla.qk_nope_head_dim], axis=-1)
-        qr_BTNP = rope_lib.rotate(qr_BTNP, positions, self._frequencies())
+        q_BTNH, qr_BTNP = self._rotated(q_BTNA, positions)
         return tap(self, "q", q_BTNH, positions), tap(self, "q_rope", qr_BTNP, positions)
 
+    def _rotated(self, x_BTNA, positions):
+        """Returns the part without position, and the rest, rotated by it."""
+
+        def default(x_BTNA, positions):
+            x_BTNH, xr_BTNP = jnp.split(
+                x_BTNA, [x_BTNA.shape[-1] - self.config.mla.qk_rope_head_dim], axis=-1
+            )
+            return x_BTNH, rope_lib.rotate(xr_BTNP, positions, self._frequencies())
+
+        def on_cpu(x_BTNA, positions):
+            return cpu_kernels.split_queries(x_BTNA, *rope_lib.cos_and_sin(positions, self._frequencies()))
+
+        return dispatch.run(x_BTNA, positions, cpu=on_cpu, default=default)
+
     def _latents(self, x):
-        """Returns latents [B, T, R] and rotary parts [B, T, P] of keys, both raw, and the norm's weight."""
+        """Returns raw latents and rotary parts of keys, [B, T, R + P], and the norm's weight."""
         mla = self.config.mla
         kv_a = Linear(mla.kv_lora_rank + mla.qk_rope_head_dim, name="kv_a")(x)
-        latent_BTR, rope_BTP = jnp.split(kv_a, [mla.kv_lora_rank], axis=-1)
-        return latent_BTR, rope_BTP, NormWeight(mla.kv_lora_rank, name="kv_a_norm")()
+        return kv_a, NormWeight(mla.kv_lora_rank, name="kv_a_norm")()
 
     def _finish(self, raw, positions):
-        latent_BTR, rope_BTP, norm = raw
-        rope_BTP = rope_lib.rotate(rope_BTP, positions, self._frequencies())
+        kv_a, norm = raw
+        latent_BT1R, rope_BT1P = self._rotated(kv_a[:, :, None], positions)
+        latent_BTR, rope_BTP = latent_BT1R[:, :, 0], rope_BT1P[:, :, 0]
         latent_BTR = rms_norm(latent_BTR, norm, self.config.norm_epsilon)
         return tap(self, "latent", latent_BTR, positions), tap(self, "k_rope", rope_BTP, positions)
 
@@ -326,14 +340,17 @@ class MLAttention(nn.Module):
             latent_BTR = rotate(latent_BTR, self.run.latent_rotation)
             return rows.append(latent_BTR, rotate(rope_BTP, self.run.rope_rotation), slots)
 
-        def on_gpu(rows, raw, positions, slots):
+        def by_kernel(kernel, rows, raw, positions, slots, **kwargs):
             angles = rope_lib.cos_and_sin(positions, self._frequencies())
-            return mla_on_gpu.append(
-                rows, *raw, *angles, slots, epsilon=self.config.norm_epsilon, **rotations
-            )
+            return rows.append_by(kernel, *raw, *angles, slots, epsilon=self.config.norm_epsilon, **kwargs)
 
-        cuda = on_gpu if self._for_gpu(rows) and not is_tapped(self, "latent", "k_rope") else None
-        return dispatch.run(rows, raw, positions, slots, cuda=cuda, default=default)
+        ways = {}
+        if not is_tapped(self, "latent", "k_rope"):
+            if self._for_gpu(rows):
+                ways["cuda"] = functools.partial(by_kernel, mla_on_gpu.append, **rotations)
+            if mla_on_cpu.appends(rows) and not any(rotations.values()):
+                ways["cpu"] = functools.partial(by_kernel, cpu_kernels.latent_append)
+        return dispatch.run(rows, raw, positions, slots, **ways, default=default)
 
     @property
     def _num_heads(self):

@@ -1,11 +1,14 @@
 """Latent attention by the CPU kernels: the two ways of `mla`, the up-projection left in its blocks."""
 
-import jax.numpy as jnp
-
 import cpu_kernels
 from mla_jax.cache import LatentRows, codec, rotate
 from mla_jax.nn.up_projections import UpProjections
 from mla_jax.quant import dispatch
+
+
+def appends(rows: LatentRows) -> bool:
+    """Whether `cpu_kernels.latent_append` has encoders of the types of a cache."""
+    return cpu_kernels.APPENDED_TYPES.issuperset(map(codec.type_of, (rows.latent, rows.rope)))
 
 
 def attend_absorbed(q, q_rope, rows: LatentRows, up: UpProjections, positions, *, sm_scale, rotation):
@@ -28,14 +31,14 @@ def attend_expanded(q, q_rope, rows: LatentRows, up: UpProjections, positions, *
         keys, values = (dispatch.operands(rotate(part, rotation)) for part in up.decode())
         layout = dict(key_stride=up.key_size, value_stride=V, value_first=0)
     return cpu_kernels.latent_prefill(
-        jnp.concatenate([q, q_rope], axis=-1),
+        q,
+        q_rope,
         keys[0],
         values[0],
         **_cache(rows, positions),
         **layout,
         formats=(keys[1], values[1]),
         value_size=V,
-        rope_size=q_rope.shape[-1],
         scale=sm_scale,
     )
 

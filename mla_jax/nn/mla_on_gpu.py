@@ -11,40 +11,16 @@ from pallas_kernels import flash_mla_decode, flash_mla_prefill, latent_append
 EXPANDED_SLOTS = 4096  # cached tokens whose keys and values are held at a time
 
 
-def append(
-    rows: LatentRows, latent, rope, norm, cos, sin, slots, *, epsilon, latent_rotation, rope_rotation
-) -> LatentRows:
-    """Finishes new tokens and writes them to the cache.
-
-    Args:
-      rows: this layer's cache.
-      latent: f32[B, T, R] as the down-projection gives it.
-      rope: f32[B, T, P] not yet rotated by position.
-      norm: f32[R] weight of the norm of latents.
-      cos: f32[B, T, P / 2] of the angle of each pair.
-      sin: like `cos`.
-      slots: i32[B, T]; slot S is dropped.
-      epsilon: of the norm.
-      latent_rotation: block size of the Hadamard rotation of latents, None for none.
-      rope_rotation: the same of the rotary part.
-
-    Returns:
-      The rows with the new tokens in them.
-    """
-    kinds = codec.type_of(rows.latent), codec.type_of(rows.rope)
-    pools = latent_append.latent_append(
-        *(latent, rope, norm, cos, sin, rows.table(slots.shape[0]), slots),
-        codec.parts(rows.latent),
-        codec.parts(rows.rope),
-        latent_type=kinds[0],
-        rope_type=kinds[1],
-        epsilon=epsilon,
-        latent_rotation=latent_rotation,
-        rope_rotation=rope_rotation,
-        quantisers=tuple(map(codec.quantiser, kinds)),
+def append(kv, norm, *places_and_parts, latent_type, rope_type, **settings):
+    """Calls the kernel as `LatentRows.append_by` does; `settings` are its other ones."""
+    latent, rope = jnp.split(kv, [norm.size], axis=-1)
+    return latent_append.latent_append(
+        *(latent, rope, norm, *places_and_parts),
+        latent_type=latent_type,
+        rope_type=rope_type,
+        quantisers=tuple(map(codec.quantiser, (latent_type, rope_type))),
+        **settings,
     )
-    latent, rope = (codec.from_parts(pool, kind) for pool, kind in zip(pools, kinds, strict=True))
-    return LatentRows(latent=latent, rope=rope, pages=rows.pages)
 
 
 def attend_absorbed(q, q_rope, rows: LatentRows, k_up, v_up, positions, *, sm_scale, rotation):

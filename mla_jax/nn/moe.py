@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+import cpu_kernels
 from mla_jax import quant
 from mla_jax.config import ModelConfig, MoEConfig, RunConfig
 from mla_jax.nn import collectives
@@ -32,7 +33,8 @@ class ExpertReduction:
     Values of a step, not of its compilation: another setting compiles nothing, and a batch may mix them.
 
     Attributes:
-      minimum: i32[B], or i32[L, B] for a value per layer: experts that are kept whatever they score.
+      minimum: i32[B], or i32[L, B] for a value per layer, or L times i32[B] (`by_layer`): experts that are
+        kept whatever they score.
       threshold: f32 like `minimum`: the others are kept from this share of the best score on, the bias of the
         router in both. 1 keeps `minimum` and exact ties with the best, 0 keeps all, infinity `minimum` alone.
       temperature: None drops; a float32[] above 0 keeps all and multiplies the weights beyond `minimum` by
@@ -41,14 +43,21 @@ class ExpertReduction:
     Source: `-ser Kmin,t` of ik_llama.cpp, pull request 239.
     """
 
-    minimum: jax.Array
-    threshold: jax.Array
+    minimum: jax.Array | tuple[jax.Array, ...]
+    threshold: jax.Array | tuple[jax.Array, ...]
     temperature: jax.Array | None = None
 
     def of_layer(self, layer: int) -> "ExpertReduction":
         """Returns the setting of one layer, i32[B] and f32[B]."""
-        part = lambda values: values[layer] if values.ndim == 2 else values
+        is_whole = lambda values: not isinstance(values, tuple) and values.ndim == 1
+        part = lambda values: values if is_whole(values) else values[layer]
         return dataclasses.replace(self, minimum=part(self.minimum), threshold=part(self.threshold))
+
+    def by_layer(self, num_layers: int) -> "ExpertReduction":
+        """Returns the same taken apart, for loops: XLA would slice it in every step of one."""
+        layers = [self.of_layer(layer) for layer in range(num_layers)]
+        minimum, threshold = zip(*((one.minimum, one.threshold) for one in layers), strict=True)
+        return dataclasses.replace(self, minimum=minimum, threshold=threshold)
 
     def of_tokens(self, num_tokens: int) -> "ExpertReduction":
         """Returns the setting of each token, [B * T], of one that is [B]."""
@@ -108,6 +117,24 @@ def select_experts(
     if config.normalize_weights:
         weight_XK = weight_XK / (_join_halves(weight_XK, jnp.add, 0.0) + _TINY)
     return ids_XK, weight_XK * config.weights_scale
+
+
+def _select_by_xla(logits, bias, reduction, *, config, **kwargs):
+    gate = softmax if config.gating == "softmax" else jax.nn.sigmoid
+    return select_experts(gate(logits), bias, config, reduction=reduction, **kwargs)
+
+
+def _select_on_cpu(logits, bias, reduction, *, config, group_routing):
+    minimum, threshold = (None, None) if reduction is None else (reduction.minimum, reduction.threshold)
+    return cpu_kernels.select_experts(
+        *(logits, bias, minimum, threshold),
+        num_chosen=config.num_experts_per_token,
+        gating=config.gating,
+        num_groups=config.num_groups if group_routing else 1,
+        num_groups_used=config.num_groups_used if group_routing else 1,
+        normalize=config.normalize_weights,
+        scale=config.weights_scale,
+    )
 
 
 def _keep_best_groups(score_XE, config):
@@ -235,16 +262,21 @@ class Router(nn.Module):
         if moe.has_selection_bias:
             bias = read_weight(self, "bias", nn.initializers.zeros, (moe.num_experts,)).astype(jnp.float32)
         logits_XE = tap(self, "router", quant.matmul(x, weight), positions)
-        gate = softmax if moe.gating == "softmax" else jax.nn.sigmoid
-        ids_XK, weight_XK = select_experts(
-            gate(logits_XE),
-            bias,
-            moe,
-            group_routing=self.run.group_routing,
-            reduction=reduction,
-            choose=lambda ids_XK: self._chosen(ids_XK, positions),
-        )
+        ids_XK, weight_XK = self._select(logits_XE, bias, reduction, positions)
         return ids_XK, tap(self, "expert_weights", weight_XK, positions)
+
+    def _select(self, logits_XE, bias, reduction, positions):
+        kwargs = dict(config=self.config, group_routing=self.run.group_routing)
+        default = functools.partial(_select_by_xla, **kwargs)
+        is_soft = reduction is not None and reduction.temperature is not None
+        cpu = None if is_soft else functools.partial(_select_on_cpu, **kwargs)
+        ids_XK, weight_XK = dispatch.run(logits_XE, bias, reduction, cpu=cpu, default=default)
+        chosen_XK = self._chosen(ids_XK, positions)
+        if chosen_XK is ids_XK:
+            return ids_XK, weight_XK
+        edited_XK = default(logits_XE, bias, reduction, choose=lambda _: chosen_XK)[1]
+        is_same_X1 = jnp.all(chosen_XK == ids_XK, axis=-1, keepdims=True)
+        return chosen_XK, jnp.where(is_same_X1, weight_XK, edited_XK)
 
     def _chosen(self, ids_XK, positions):
         """Returns the ids as edits make them; what is no expert is none."""

@@ -165,8 +165,9 @@ def apply(
     adapters add have a gradient, weights in blocks are held fixed.
 
     Args:
-      params: nested dict of arrays and `QuantizedTensor`s, as from `checkpoints_tools.load_gguf`,
-        and what `lay_out` makes of it, which the GPU kernels of quantised products need.
+      params: nested dict of arrays, `QuantizedTensor`s and `PanelTensor`s, as from
+        `checkpoints_tools.load_gguf`, and what `lay_out` makes of it, which the GPU kernels of quantised
+        products need.
       tokens: i32[B, T], ids in [0, vocab_size).
       cache: from `init_cache`, `init_pool` or an earlier call, or None to run a sequence on its own.
       config: the model; static under jit.

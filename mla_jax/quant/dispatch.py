@@ -24,14 +24,14 @@ def has_kernel(*weights: tensor.Weight) -> bool:
 
 
 def operands(weight: tensor.Weight) -> tuple[tuple[jax.Array, jax.Array], str]:
-    """Returns (blocks, header) and the format of a weight; one without kernels is decoded first."""
+    """Returns (blocks or panels, header) and the format of a weight; one without kernels is decoded first."""
     if not has_kernel(weight):
         weight = tensor.decode(weight)
-    if not isinstance(weight, tensor.QuantizedTensor):
+    if not isinstance(weight, tensor.QuantizedTensor | tensor.PanelTensor):
         return (weight, jnp.zeros((0,), jnp.uint8)), _format(weight)
     _set_codebooks()
     header = jnp.zeros((0,), jnp.uint8) if weight.header is None else weight.header
-    return (weight.blocks, header), weight.format
+    return (weight.panels if isinstance(weight, tensor.PanelTensor) else weight.blocks, header), weight.format
 
 
 def for_gpu(wanted: bool | None) -> bool:
@@ -83,7 +83,7 @@ def _set_codebooks():
 
 
 def _format(weight):
-    if isinstance(weight, tensor.QuantizedTensor):
+    if isinstance(weight, tensor.QuantizedTensor | tensor.PanelTensor):
         return weight.format
     if isinstance(weight, tensor.PlanarTensor | tensor.LoraTensor):
         return None  # the CPU has kernels for blocks

@@ -17,7 +17,7 @@ from mla_jax.quant import tensor
 _DECODED = 1 << 22
 
 
-def apply(x: jax.Array, weight: tensor.QuantizedTensor | tensor.PlanarTensor) -> jax.Array:
+def apply(x: jax.Array, weight: tensor.Weight) -> jax.Array:
     """Returns `x @ weight.T` f32[..., out] of x f32[..., in], computed by XLA; linear in x alone."""
     leaves, structure = jax.tree.flatten(weight)
     return _product_p.bind(x, *leaves, structure=structure, is_transposed=False)
@@ -36,6 +36,7 @@ def _compute(x, *leaves, structure, is_transposed):
 
 def _multiply_transposed(x, weight):
     """Returns `x @ weight` of x [..., out], a piece of the weight's rows after the other."""
+    weight = tensor.in_blocks(weight)  # here, for what is kept from the forward pass is the panels themselves
     rows, columns = weight.shape
     size = max(1, min(rows // 2, _DECODED // columns))  # a loop of one step is none, see `_DECODED`
 

@@ -29,8 +29,8 @@ def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
 
     Args:
       x: [..., in], any float type.
-      weight: [out, in], array, `QuantizedTensor`, `PlanarTensor` or `LoraTensor`. The result has derivatives
-        in `x`, in arrays and in what a `LoraTensor` adds; blocks are held fixed, see `linear_map`.
+      weight: [out, in], in any form. The result has derivatives in `x`, in arrays and in what a `LoraTensor`
+        adds; blocks are held fixed, see `linear_map`.
 
     Returns:
       float32[..., out], sums in float32; products as `dispatch` says.
@@ -45,7 +45,8 @@ def matmul(x: jax.Array, weight: tensor.Weight) -> jax.Array:
         update = linear_map.multiply(linear_map.multiply(x, weight.a), weight.b)
         return matmul(x, weight.base) + update
     is_plain = getattr(weight, "format", None) in tensor.PLAIN  # 16 bits in planes have derivatives too
-    is_frozen = isinstance(weight, tensor.QuantizedTensor | tensor.PlanarTensor) and not is_plain
+    in_blocks = isinstance(weight, tensor.QuantizedTensor | tensor.PanelTensor | tensor.PlanarTensor)
+    is_frozen = in_blocks and not is_plain
     return _by_frozen(x, weight) if is_frozen else _dispatch(x, weight)
 
 
@@ -76,6 +77,7 @@ def _matmul_on_gpu(x, weight):
 
 
 def _matmul(x, weight):
+    weight = tensor.in_blocks(weight)
     fuses = isinstance(weight, tensor.QuantizedTensor) or weight.dtype == jnp.bfloat16
     if fuses and math.prod(x.shape[:-1]) <= _FEW_ROWS:
         return _multiply_and_reduce(x, weight)

@@ -232,9 +232,8 @@ def test_only_the_groups_of_rows_are_read(tmp_path, monkeypatch):
     types = write_twins(tmp_path)
     file, sizes = gguf_file.open_gguf(tmp_path / "packed.gguf"), []
     read = gguf_file.GGUFFile.read
-    monkeypatch.setattr(
-        gguf_file.GGUFFile, "read", lambda *args: sizes.append(args[3]) or read(*args), raising=True
-    )
+    listen = lambda *args, **options: sizes.append(args[3]) or read(*args, **options)
+    monkeypatch.setattr(gguf_file.GGUFFile, "read", listen, raising=True)
     name = next(name for name, kind in types.items() if kind == "q4_k_r4")
     assert load.read_weight(file, name, 7, 9).shape == (2, 256)
     assert sizes == [8 * 144]

@@ -217,6 +217,18 @@ def test_headers_are_taken_off_in_pieces(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, some, read[0][100:131])
 
 
+def test_pieces_take_no_memory_that_weights_keep(tmp_path, monkeypatch):
+    """Small buffers share a mapping, which stays as long as one of them does: a header for example."""
+    path, stored = tmp_path / "a.gguf", np.zeros((512, 4 + 8 * 136), np.uint8)
+    write_gguf(path, {}, [TensorData("a.weight", (512, 2048), IDS["iq4_ks"], stored)])
+    file, taken, aligned_empty = gguf_file.open_gguf(path), [], buffers.aligned_empty
+    for module in (gguf_file, load):
+        count = lambda num_bytes: taken.append(num_bytes) or aligned_empty(num_bytes)
+        monkeypatch.setattr(module, "aligned_empty", count)
+    load.read_weight(file, "a.weight")
+    assert sum(taken) == stored.size
+
+
 def test_headers_are_put_back_in_pieces(tmp_path, monkeypatch):
     checkpoint, _ = _load(tmp_path / "a.gguf", sizes={"embed": 512, "ff_exp": 256})
     rng = np.random.default_rng(0)

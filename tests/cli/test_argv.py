@@ -165,11 +165,9 @@ def test_what_cannot_be_read(args, sentence):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--run-time-repack"], "--run-time-repack cannot be used: weights are read"),
         (["-vhad"], "-vhad cannot be used: values are a part of the latent cache"),
         (["-ctv", "q8_0"], "-ctv cannot be used: values are a part of the latent cache"),
         (["-ctv=f16"], "-ctv cannot be used: values are a part of the latent cache"),
-        (["-rtr"], "-rtr cannot be used: weights are read in the blocks of the file"),
         (["-sm", "graph"], "-sm cannot be used: devices share out the model by --mesh"),
         (["-ts", "1,1"], "-ts cannot be used: devices have equal parts of the model, by --mesh."),
         (["-fmoe"], "-fmoe cannot be used: the expert product has one form"),

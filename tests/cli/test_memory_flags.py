@@ -58,3 +58,18 @@ def test_merging_can_move_tensors(run, path, tmp_path):
     assert all(info.offset % 4096 == 0 for info in open_gguf(out).tensors.values())
     code, _, told = run("merge", path, out, "--alignment", "48")
     assert code == 2 and told == "mla-jax: --alignment must be one of 32, 64, 4096, got '48'.\n"
+
+
+def test_repacked_weights_are_not_mapped(run, path):
+    code, _, told = run("generate", "-m", path, "-p", "the", "-n", "1", "-c", "64", "-rtr", "--mmap")
+    sentence = "--run-time-repack must come without --mmap: what it lays out is read, not mapped."
+    assert (code, told.splitlines()[-1]) == (2, f"mla-jax: {sentence}")
+
+
+def test_a_repack_that_has_no_effect_is_told(run, path, caplog):
+    args = ("generate", "-m", path, "-p", "the", "-n", "1", "-c", "64", "-rtr")
+    with caplog.at_level(logging.INFO, "absl"):
+        assert run(*args)[0] == 0
+    assert any("no weights lie in panels" in text for text in caplog.messages)
+    code, _, told = run(*args, "--mesh", "expert=1")
+    assert code == 0 and "--run-time-repack has no effect with --mesh or -ngl" in told

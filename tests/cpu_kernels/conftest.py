@@ -13,10 +13,20 @@ def kernels_compute():
         yield
 
 
+def _use(name):
+    if name not in cpu_kernels.instruction_sets():
+        pytest.skip(f"this machine has no {name}")
+    cpu_kernels.use_instruction_set(name)
+    yield name
+    cpu_kernels.use_instruction_set(cpu_kernels.instruction_sets()[0])
+
+
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "generic"])
 def instruction_set(request):
-    if request.param not in cpu_kernels.instruction_sets():
-        pytest.skip(f"this machine has no {request.param}")
-    cpu_kernels.use_instruction_set(request.param)
-    yield request.param
-    cpu_kernels.use_instruction_set(cpu_kernels.instruction_sets()[0])
+    yield from _use(request.param)
+
+
+@pytest.fixture(params=["avx512bf16", "avx512"])
+def panel_set(request):
+    """The instruction sets whose kernels read weights out of panels."""
+    yield from _use(request.param)

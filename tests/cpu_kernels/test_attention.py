@@ -102,15 +102,14 @@ def _absorbed(q, q_rope, rows, positions):
     return out
 
 
-def _expanded(q, keys, values, rows, positions):
+def _expanded(q, q_rope, keys, values, rows, positions):
     """The same of `latent_prefill`, with keys [N, H, R] and values [N, V, R]."""
     latent, rope = _slots(rows)
-    size = keys.shape[1]
     out = np.empty((*q.shape[:3], values.shape[1]))
     for b, t, n in np.ndindex(q.shape[:3]):
         seen = slice(positions[b, t] + 1)
-        query = np.float64(q[b, t, n])
-        scores = latent[b, seen] @ (keys[n].T @ query[:size]) + rope[b, seen] @ query[size:]
+        scores = latent[b, seen] @ (keys[n].T @ np.float64(q[b, t, n]))
+        scores += rope[b, seen] @ np.float64(q_rope[b, t, n])
         out[b, t, n] = _softmax(SCALE * scores) @ latent[b, seen] @ values[n].T
     return out
 
@@ -141,9 +140,15 @@ def _check_absorbed(rows, heads, lengths, tokens, instruction_set):
 @pytest.mark.parametrize("cache_type", ["f32", "f16"])
 @pytest.mark.parametrize("heads", [1, 3, 4, 8, 9, 16, 17, 20, 128])
 def test_every_number_of_heads(heads, cache_type, instruction_set):
-    """One to three tokens, lengths about those at which slots are split, and rows of no whole vectors."""
+    """One to three tokens, and rows of no whole vectors."""
     for tokens, lengths in ((1, [1, 129]), (2, [32, 319]), (3, [257, 16])):
         _check_absorbed(_pool(cache_type, 2, 100, 8), heads, lengths, tokens, instruction_set)
+
+
+@pytest.mark.parametrize("lengths", [[255, 257], [700, 2049]], ids=str)
+@pytest.mark.parametrize("heads", [1, 4, 16, 130])
+def test_slots_of_one_token_are_split_and_merged(heads, lengths, instruction_set):
+    _check_absorbed(_rows("f16", 2, 33, 64), heads, lengths, 1, instruction_set)
 
 
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)
@@ -151,6 +156,28 @@ def test_every_cache_type(cache_type, instruction_set):
     rows = _pool(cache_type, 1, 288, 64)
     for heads in (3, 17):
         _check_absorbed(rows, heads, [150], 2, instruction_set)
+
+
+@pytest.mark.parametrize(("page_size", "lengths"), [(7, [70, 31]), (33, [132, 300])])
+@pytest.mark.parametrize("cache_type", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_few_queries_of_one_token(cache_type, page_size, lengths, instruction_set):
+    """Rows are met as they lie in the cache, in tiles that end within pages."""
+    rows = _rows(cache_type, 2, -(-max(lengths) // page_size), page_size)
+    for heads in (1, 2, 5, 8):
+        _check_absorbed(rows, heads, lengths, 1, instruction_set)
+
+
+@pytest.mark.parametrize("missing", [-1, 2**31 - 1])
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q4_0"])
+def test_few_queries_see_zeros_where_there_is_no_page(cache_type, missing, instruction_set):
+    rows = _rows(cache_type, 1, 5, 7)
+    empty = codec.encode(jnp.zeros((7, R)), cache_type), codec.encode(jnp.zeros((7, P)), cache_type)
+    page = rows.pages[0, 3]
+    put = lambda pool, new: jax.tree.map(lambda part, of_page: part.at[page].set(of_page), pool, new)
+    zeros = dataclasses.replace(rows, latent=put(rows.latent, empty[0]), rope=put(rows.rope, empty[1]))
+    hole = rows.at(rows.pages.at[0, 3].set(missing))
+    np.testing.assert_array_equal(_attend(hole, 3, [[33]]), _attend(zeros, 3, [[33]]))
+    assert np.ptp(_attend(hole, 3, [[33]])) > 0
 
 
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q5_1"])
@@ -212,15 +239,17 @@ def test_prefill_is_the_definition(formats, instruction_set):
     by_head = lambda exact: exact.reshape(heads, size + value_size, 64)
     tolerance = 2e-5 if formats == ("f32", "f32") else 2e-2  # 8-bit weights meet 8-bit latents
     for tokens, lengths in ((1, [1, 129]), (5, [5, 300]), (37, [128, 257])):
-        q = _draw(7, 2, tokens, heads, size + 20)
+        q, q_rope = _draw(7, 2, tokens, heads, size), _draw(8, 2, tokens, heads, 20)
         positions = np.maximum(np.asarray(lengths)[:, None] - tokens + np.arange(tokens)[None], 0)
         layout = dict(key_stride=size + value_size, value_stride=size + value_size, value_first=size)
         cache = mla_on_cpu._cache(_spoil(rows, positions), jnp.asarray(positions, jnp.int32))
-        sizes = dict(value_size=value_size, rope_size=20, scale=SCALE)
+        sizes = dict(value_size=value_size, scale=SCALE)
         arguments = dict(formats=formats, **sizes, **layout, **cache)
-        out = np.asarray(cpu_kernels.latent_prefill(jnp.asarray(q), keys, values, **arguments))
+        out = np.asarray(
+            cpu_kernels.latent_prefill(*map(jnp.asarray, (q, q_rope)), keys, values, **arguments)
+        )
         parts = by_head(exact_keys)[:, :size], by_head(exact_values)[:, size:]
-        expected = _expanded(q, *parts, rows, positions)
+        expected = _expanded(q, q_rope, *parts, rows, positions)
         assert np.max(np.abs(out - expected)) < tolerance * np.max(np.abs(expected))
 
 
@@ -269,17 +298,17 @@ def _absorbed_arguments():
 
 
 def _expanded_arguments():
-    arguments = _absorbed_arguments() | dict(q=jnp.ones((2, 1, 3, 80)), keys=(jnp.ones((192, 64)), _NONE))
-    del arguments["q_rope"]
-    layout = dict(key_stride=64, value_stride=64, value_first=48, value_size=16, rope_size=32)
+    arguments = _absorbed_arguments() | dict(q=jnp.ones((2, 1, 3, 48)), keys=(jnp.ones((192, 64)), _NONE))
+    layout = dict(key_stride=64, value_stride=64, value_first=48, value_size=16)
     return arguments | dict(values=(jnp.ones((192, 64)), _NONE), formats=("f32", "f32"), **layout)
 
 
 _REFUSED = [
-    (cpu_kernels.latent_attention, dict(q_rope=jnp.ones((2, 1, 2, 32))), "rotated parts do not fit"),
+    (None, dict(q_rope=jnp.ones((2, 1, 2, 32))), "rotated parts do not fit"),
+    (None, dict(q_rope=jnp.ones((2, 2, 3, 32))), "rotated parts do not fit"),
     (cpu_kernels.latent_attention, dict(q_rope=jnp.ones((2, 3, 32))), "must have four axes"),
     (cpu_kernels.latent_attention, dict(q=jnp.ones((2, 1, 3, 96))), "rows of 96 numbers of type q8_0"),
-    (cpu_kernels.latent_attention, dict(q_rope=jnp.ones((2, 1, 3, 64))), "rows of 64 numbers of type q8_0"),
+    (None, dict(q_rope=jnp.ones((2, 1, 3, 64))), "rows of 64 numbers of type q8_0"),
     (None, dict(positions=jnp.zeros((2, 2), jnp.int32)), "positions do not fit"),
     (None, dict(positions=jnp.zeros((3, 1), jnp.int32)), "positions do not fit"),
     (None, dict(pages=jnp.zeros((1, 5), jnp.int32)), "pages do not fit"),
@@ -287,9 +316,12 @@ _REFUSED = [
     (None, dict(latent_type="q4_0"), "rows of 64 numbers of type q4_0"),
     (None, dict(rope_type="f32"), "rows of 32 numbers of type f32"),
     (None, dict(latent_type="q9_9"), "no reader of cache type q9_9"),
-    (cpu_kernels.latent_prefill, dict(rope_size=48), "rows of 48 numbers of type q8_0"),
-    (cpu_kernels.latent_prefill, dict(q=jnp.ones((2, 1, 3, 16))), "result does not fit"),
-    (cpu_kernels.latent_prefill, dict(q=jnp.ones((2, 1, 4, 80))), "rows for all heads"),
+    (cpu_kernels.latent_prefill, dict(q=jnp.ones((2, 1, 3, 80))), "rows for all heads"),
+    (
+        cpu_kernels.latent_prefill,
+        dict(q=jnp.ones((2, 1, 4, 48)), q_rope=jnp.ones((2, 1, 4, 32))),
+        "rows for all heads",
+    ),
     (cpu_kernels.latent_prefill, dict(value_first=49), "rows for all heads"),
     (cpu_kernels.latent_prefill, dict(value_stride=-64), "rows for all heads"),
     (cpu_kernels.latent_prefill, dict(key_stride=2**40), "rows for all heads"),
@@ -330,10 +362,10 @@ import os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
 import numpy as np, jax, mla_jax
 from mla_jax import init_cache
-model = mla_jax.load(ctx_size=512, compilation_cache=None, progress=lambda *_: None)
+model = mla_jax.load(ctx_size=1024, compilation_cache=None, progress=lambda *_: None)
 apply = jax.jit(mla_jax.apply, static_argnames=("config", "run"))
-cache = init_cache(model.config, model.run, batch=1, ctx_size=512)
-tokens = np.arange(5, 205, dtype=np.int32)[None]
+cache = init_cache(model.config, model.run, batch=1, ctx_size=1024)
+tokens = np.arange(5, 605, dtype=np.int32)[None]
 first, cache = apply(model.params, tokens, cache, config=model.config, run=model.run)
 second, _ = apply(model.params, tokens[:, :1], cache, config=model.config, run=model.run)
 sys.stdout.buffer.write(np.asarray(first).tobytes() + np.asarray(second).tobytes())

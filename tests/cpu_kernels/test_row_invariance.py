@@ -147,10 +147,10 @@ H, V = 24, 20
 
 
 @functools.partial(jax.jit, static_argnames="formats")
-def _expanded(q, pages, positions, rows, keys, values, formats):
-    layout = dict(key_stride=H, value_stride=V, value_first=0, value_size=V, rope_size=ROPE)
+def _expanded(q, q_rope, pages, positions, rows, keys, values, formats):
+    layout = dict(key_stride=H, value_stride=V, value_first=0, value_size=V)
     cache = mla_on_cpu._cache(rows.at(pages), positions)
-    return cpu_kernels.latent_prefill(q, keys, values, formats=formats, **layout, **cache, scale=0.1)
+    return cpu_kernels.latent_prefill(q, q_rope, keys, values, formats=formats, **layout, **cache, scale=0.1)
 
 
 def _of_sequence(function, rows, pages):
@@ -187,9 +187,9 @@ def test_expanded_attention(formats, cache_type, instruction_set):
         dispatch.operands(_weight(name, heads * size, RANK, seed))[0]
         for seed, (name, size) in enumerate(zip(formats, (H, V), strict=True))
     )
-    attend = lambda q, pages, positions, rows: _expanded(q, pages, positions, rows, keys, values, formats)
+    attend = lambda *call: _expanded(*call, keys, values, formats)
     positions = np.maximum(LENGTHS[:, None] - tokens + np.arange(tokens), 0).astype(np.int32)
-    q = _draw(7, FEW, tokens, heads, H + ROPE)
-    _check_few(lambda *call: np.asarray(attend(*call, rows)), q, pages, positions)
-    q = _draw(9, MANY, heads, H + ROPE)
-    _check_many(_of_sequence(attend, rows, pages), q, np.arange(MANY, dtype=np.int32))
+    queries = _draw(7, FEW, tokens, heads, H), _draw(8, FEW, tokens, heads, ROPE)
+    _check_few(lambda *call: np.asarray(attend(*call, rows)), *queries, pages, positions)
+    queries = _draw(9, MANY, heads, H), _draw(10, MANY, heads, ROPE)
+    _check_many(_of_sequence(attend, rows, pages), *queries, np.arange(MANY, dtype=np.int32))

@@ -1,0 +1,58 @@
+"""Writes new tokens to the paged latent cache: norm, rotary position, quantisation, store."""
+
+import jax
+import numpy as np
+
+from cpu_kernels.latent_attention import Part
+from cpu_kernels.library import write
+
+APPENDED_TYPES = frozenset({"f32", "f16", "bf16", "q8_0"})  # cache types that have an encoder
+
+
+def latent_append(
+    kv: jax.Array,
+    norm: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    pages: jax.Array,
+    slots: jax.Array,
+    latent: Part,
+    rope: Part,
+    *,
+    latent_type: str,
+    rope_type: str,
+    epsilon: float,
+) -> tuple[Part, Part]:
+    """Writes what the down-projection gives of new tokens to their places in the cache.
+
+    Args:
+      kv: f32[B, T, R + P], latents that are not normalised and shared key parts that are not rotated yet.
+      norm: f32[R] weight of the RMSNorm of latents.
+      cos: f32[B, T, P / 2] cosines that the pairs (2i, 2i + 1) of a key part are rotated by.
+      sin: f32[B, T, P / 2] sines.
+      pages: i32[B, M] page ids. A token whose page is not in [0, Z) is dropped.
+      slots: i32[B, T]; slot s lies in page pages[b, s // G] at place s % G. Slots outside [0, M * G) drop
+        their token. No two tokens may have one place.
+      latent: part of the cache, R wide; free places may hold anything.
+      rope: the same, P wide.
+      latent_type: of `APPENDED_TYPES`.
+      rope_type: the same.
+      epsilon: of the RMSNorm.
+
+    Returns:
+      Both parts, written in place where they are donated. Numbers beyond the range of float16 and scales
+      beyond it saturate; NaN stays NaN in all numbers that depend on it, and in no other row.
+    """
+    pools = (*latent, *rope)
+    written = iter(
+        write(
+            "mla_latent_append",
+            (kv, norm, cos, sin, pages, slots),
+            tuple(pool for pool in pools if pool.size),
+            latent_type=latent_type,
+            rope_type=rope_type,
+            epsilon=np.float32(epsilon),
+        )
+    )
+    results = tuple(next(written) if pool.size else pool for pool in pools)
+    return results[:4], results[4:]
