@@ -96,7 +96,7 @@ _INTEGER_FIELDS = {"top_k": np.int32, "penalty_last_n": np.int32, "seed": np.uin
 
 
 def batch(params: Sequence[SamplingParams]) -> SamplingState:
-    """Gathers the parameters of some requests as the rows of one state.
+    """Gathers the parameters of some requests as the rows of one state, in host memory.
 
     Raises:
       ValueError: if one of them has no seed.
@@ -111,7 +111,7 @@ def batch(params: Sequence[SamplingParams]) -> SamplingState:
         )
         for field in dataclasses.fields(SamplingState)
     }
-    return SamplingState(**{name: jnp.asarray(column) for name, column in columns.items()})
+    return SamplingState(**columns)
 
 
 def sample(logits: jax.Array, recent: jax.Array, positions: jax.Array, sampling: SamplingState) -> jax.Array:
@@ -132,7 +132,10 @@ def sample(logits: jax.Array, recent: jax.Array, positions: jax.Array, sampling:
     chex.assert_shape(recent, (num_rows, NUM_RECENT))
     chex.assert_shape([positions, *jax.tree.leaves(sampling)], (num_rows,))
     rows = jax.tree.map(lambda column: column[:, None], sampling)
-    logits = _penalize(logits.astype(jnp.float32), recent, rows)
+    is_penalized = (rows.repeat_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
+    unpenalized = logits.astype(jnp.float32)
+    penalize = lambda: _penalize(unpenalized, recent, rows)
+    logits = _where_any(is_penalized, penalize, unpenalized)
     greedy = _most_likely(logits)
     is_drawn = rows.temperature > 0
 

@@ -28,13 +28,15 @@ class TextStream:
         return text if self.stop else text + held
 
     def _certain(self, text):
+        if not self._stops:
+            return text
         text = self._held + text
         met = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if met:
             place, self.stop = min(met)
             self._held = ""
             return text[:place]
-        longest = max(map(len, self._stops), default=1) - 1
+        longest = max(map(len, self._stops)) - 1
         starts = range(max(0, len(text) - longest), len(text))
         begun = (start for start in starts if any(stop.startswith(text[start:]) for stop in self._stops))
         cut = next(begun, len(text))

@@ -29,16 +29,17 @@ class Ticket:
 
 
 class FakeEngine:
-    """Draws the tokens of `script(request)`, one for each running request every `step_seconds`."""
+    """Draws tokens of `script(request)`, so many for each running request every `step_seconds`."""
 
-    def __init__(self, tokenizer, *, num_slots=4, max_waiting=16, step_seconds=0.0005):
+    def __init__(self, tokenizer, *, num_slots=4, max_waiting=16, step_seconds=0.0005, tokens_per_step=1):
         self._tokenizer, self.num_slots, self.max_waiting = tokenizer, num_slots, max_waiting
         self.say("Hello there.")
+        self.tokens_per_step = tokens_per_step
         self.step_seconds, self._lock, self._numbers = step_seconds, threading.Lock(), itertools.count()
         self.waiting, self.running, self.submitted = [], [], []
         self.is_draining = self.is_stopped = self.is_stuck = self.is_full = False
         self.finished, self.rejected, self.steps, self.most_waiting, self.age = {}, 0, 0, 0, None
-        self.fails_after, self.saved, self.erased = None, {}, []
+        self.fails_after, self.stalls_after, self.saved, self.erased = None, None, {}, []
         self._thread = threading.Thread(target=self._loop, daemon=True)
 
     def say(self, text, *, ends=True):
@@ -98,13 +99,17 @@ class FakeEngine:
             self.running.append(self.waiting.pop(0))
             self.running[-1].slot = 0
         for ticket in list(self.running):
-            if self.fails_after is not None and ticket.num_drawn >= self.fails_after:
-                self.running.remove(ticket)
-                ticket.listener(Failure(message="the step failed.", error=RuntimeError("no")))
-                continue
-            self._draw(ticket)
+            for _ in range(self.tokens_per_step):
+                if ticket in self.running:
+                    self._draw(ticket)
 
     def _draw(self, ticket):
+        if self.fails_after is not None and ticket.num_drawn >= self.fails_after:
+            self.running.remove(ticket)
+            ticket.listener(Failure(message="the step failed.", error=RuntimeError("no")))
+            return
+        if ticket.num_drawn == self.stalls_after:
+            return
         token = ticket.tokens[ticket.num_drawn]
         ticket.num_drawn += 1
         reason = None

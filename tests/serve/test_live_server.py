@@ -104,6 +104,10 @@ def test_a_chat_and_its_stream_are_the_same(client):
     text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
     assert text == whole.choices[0].message.content and text
     assert parts[-1].usage.total_tokens == whole.usage.total_tokens
+
+
+def test_a_long_stream_flows(client):
+    parts = list(ask(client, stream=True, max_tokens=1000))
     assert sum(bool(part.choices and part.choices[0].delta.content) for part in parts) > 5
 
 

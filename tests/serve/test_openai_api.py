@@ -20,6 +20,12 @@ WEATHER = {
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 
 
+@pytest.fixture(params=[1, 100], ids=["one at a time", "many at once"])
+def serve(request, serve):
+    """Texts are the same whether their tokens are drawn one at a time or in one call."""
+    return lambda engine=(), **more: serve(engine=dict(engine, tokens_per_step=request.param), **more)
+
+
 def flat(lists):
     return list(itertools.chain.from_iterable(lists))
 
@@ -148,8 +154,9 @@ def test_no_tools_no_calls(serve):
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_one_call_at_a_time_ends_the_answer_at_the_second(serve, stream):
-    client, engine, _ = serve()
+    client, engine, _ = serve(answer_seconds=60)
     engine.say(f"{CALL}\n{CALL} and more" + " and more" * 100)
+    engine.stalls_after = len(engine.script(None)) - 1  # whoever waits for the end waits in vain
     body = {"messages": MESSAGES, "tools": [WEATHER], "parallel_tool_calls": False, "stream": stream}
     answer = client.post(CHAT, json=body)
     if stream:
@@ -271,7 +278,8 @@ def test_the_native_completion(serve):
     assert whole["generation_settings"]["temperature"] == 0.5
     values = [json.loads(value) for value in events(client.post(NATIVE, json=body | {"stream": True}))]
     assert "".join(value["content"] for value in values) == "Hello"
-    assert [value["stop"] for value in values] == [False, False, True]
+    assert flat(value["tokens"] for value in values) == whole["tokens"] and len(whole["tokens"]) == 3
+    assert [value["stop"] for value in values] == [False] * (len(values) - 1) + [True]
     probabilities = flat(value["completion_probabilities"] for value in values)
     assert probabilities == whole["completion_probabilities"]
 

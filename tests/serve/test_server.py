@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -92,6 +93,12 @@ def memory(process):
     return 1024 * int(status.split("VmRSS:")[1].split()[0])
 
 
+def processor_seconds(process):
+    """Returns the time that a process has had of all cores, however busy others kept them."""
+    fields = pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_bodies_and_heads_have_limits(strict):
     process, url = strict
     before = memory(process)
@@ -168,30 +175,33 @@ def _is_closed(sock):
         return False
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads processor time as Linux tells it")
 def test_a_long_text_is_tokenised_beside_the_others(start):
-    _, url = start(settings={"body_bytes": 8 << 20})
-    slowest, is_over = 0.0, threading.Event()
+    process, url = start(settings={"body_bytes": 8 << 20})
+    num_answers, is_over = 0, threading.Event()
 
     def watch():
-        nonlocal slowest
+        nonlocal num_answers
         with httpx.Client() as client:
-            while not is_over.is_set():
-                began = time.monotonic()
+            while not is_over.wait(0.01):
                 assert client.get(f"{url}/health").status_code == 200
-                slowest = max(slowest, time.monotonic() - began)
+                num_answers += 1
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    for text in ("a" * 10**6, "_" * 10**6, " " * 10**6, "漢" * 10**6):
-        began = time.monotonic()
-        answer = httpx.post(f"{url}/v1/completions", json={"prompt": text}, timeout=20)
-        assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
-        tokens = httpx.post(f"{url}/tokenize", json={"content": text}, timeout=20).json()["tokens"]
-        assert len(tokens) > 1000
-        assert time.monotonic() - began < 4
-    is_over.set()
-    watcher.join()
-    assert slowest < 0.5
+    try:
+        for text in ("a" * 10**6, "_" * 10**6, " " * 10**6, "漢" * 10**6):
+            began, answers_before = processor_seconds(process), num_answers
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": text}, timeout=60)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["code"] == "context_length_exceeded"
+            tokens = httpx.post(f"{url}/tokenize", json={"content": text}, timeout=60).json()["tokens"]
+            assert len(tokens) > 1000
+            assert processor_seconds(process) - began < 4  # hours, were it not linear
+            assert num_answers - answers_before > 4
+    finally:
+        is_over.set()
+        watcher.join()
 
 
 def test_it_speaks_https_with_a_certificate(start, tmp_path):

@@ -1,6 +1,7 @@
 """From the engine's thread to the event loop: what the texts of one HTTP request give, as one stream."""
 
 import asyncio
+import collections
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -31,7 +32,9 @@ class Answers:
           is_draining: whether a failure means that the server is about to stop.
         """
         self._engine, self._metrics, self._is_draining = engine, metrics, is_draining
-        self._events: asyncio.Queue = asyncio.Queue()
+        self._heard: collections.deque[tuple[int, Piece | Failure]] = collections.deque()
+        self._has_heard, self._is_called = asyncio.Event(), False
+        self._parts: collections.deque[tuple[int, list[Piece] | Failure]] = collections.deque()
         self._loop = asyncio.get_running_loop()
         self._began = time.perf_counter()
         self._deadline = self._loop.time() + seconds
@@ -41,7 +44,7 @@ class Answers:
     @property
     def is_ahead(self) -> bool:
         """Whether more has been drawn than `pieces` has yielded."""
-        return not self._events.empty()
+        return bool(self._parts or self._heard)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Hands all requests to the engine, or none.
@@ -67,8 +70,8 @@ class Answers:
             message = str(error) or "the server is about to stop."
             raise ApiError(message, status=503, code="draining", retry_after=_RETRY_AFTER_DRAIN) from None
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Yields (number of the text, piece) as they come, until every text has ended.
+    async def pieces(self) -> AsyncIterator[tuple[int, list[Piece]]]:
+        """Yields (number of the text, pieces that have come since) until every text has ended.
 
         Raises:
           ApiError: 400 if a grammar does not let a text go on, 500 if the engine fails one, 503 if it takes
@@ -76,22 +79,19 @@ class Answers:
         """
         newest: dict[int, float] = {}
         while self._open:
-            index, event = await self._next()
-            if isinstance(event, Failure):
+            index, part = await self._next()
+            if isinstance(part, Failure):
                 self._open.discard(index)
-                if isinstance(event.error, GrammarFailed):
-                    raise ApiError(str(event.error), code="grammar_failed")
-                raise ApiError(event.message, status=503 if self._is_draining() else 500)
+                if isinstance(part.error, GrammarFailed):
+                    raise ApiError(str(part.error), code="grammar_failed")
+                raise ApiError(part.message, status=503 if self._is_draining() else 500)
             now = time.perf_counter()
-            if index in newest:
-                self._metrics.between_tokens.observe(now - newest[index])
-            else:
-                self._metrics.first_token.observe(now - self._began)
+            self._measure(now, newest.get(index), len(part))
             newest[index] = now
-            if event.finish_reason is not None:
+            if part[-1].finish_reason is not None:
                 self._metrics.request.observe(now - self._began)
                 self._open.discard(index)
-            yield index, event
+            yield index, part
 
     def end(self, index: int) -> None:
         """Cancels one text, whose pieces are awaited no more."""
@@ -108,7 +108,8 @@ class Answers:
         """Ends every text by a failure, where the engine may say nothing more; none is begun after it."""
         self._lost = reason
         for index in sorted(self._open):
-            self._events.put_nowait((index, Failure(message=reason, error=RuntimeError(reason))))
+            self._heard.append((index, Failure(message=reason, error=RuntimeError(reason))))
+        self._has_heard.set()
 
     def leave(self) -> None:
         """Does as `close`, and counts a client that left if there was something to cancel."""
@@ -128,26 +129,56 @@ class Answers:
             self.close()
             raise
 
+    def _measure(self, now, previous, num_tokens):
+        """Tells the metrics that tokens have come together, after `previous`; None: the first among them."""
+        if previous is None:
+            self._metrics.first_token.observe(now - self._began)
+            previous, num_tokens = now, num_tokens - 1
+        for _ in range(num_tokens):
+            self._metrics.between_tokens.observe((now - previous) / num_tokens)
+
     def _listener(self, index):
         def listen(event):
+            self._heard.append((index, event))
+            if self._is_called:  # and has not looked yet: it will find this too
+                return
+            self._is_called = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: there is no one to tell
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+                self._loop.call_soon_threadsafe(self._look)
 
         return listen
+
+    def _look(self):
+        self._is_called = False
+        self._has_heard.set()
 
     async def _next(self):
         try:
             while True:
-                if self._events.empty():  # else no timer has to be set
+                while self._parts:
+                    index, part = self._parts.popleft()
+                    if index in self._open:
+                        return index, part
+                while not self._heard:
+                    self._has_heard.clear()
                     async with asyncio.timeout_at(self._deadline):
-                        index, event = await self._events.get()
-                else:
-                    index, event = self._events.get_nowait()
-                if index in self._open:
-                    return index, event
+                        await self._has_heard.wait()
+                self._gather()
         except TimeoutError:
             raise ApiError(
                 f"the answer took longer than the {self._seconds:g} seconds that it may.",
                 status=503,
                 code="timeout",
             ) from None
+
+    def _gather(self):
+        """Puts pieces of one text together: tokens that were drawn in one call come at once."""
+        pieces = collections.defaultdict(list)
+        while self._heard:
+            index, event = self._heard.popleft()
+            if isinstance(event, Failure):
+                self._parts.append((index, event))
+                continue
+            if not pieces[index]:
+                self._parts.append((index, pieces[index]))
+            pieces[index].append(event)

@@ -36,11 +36,10 @@ async def _complete(service, asked, salt):
         if asked.drawing.stream:
             return EventStream(_chunks(service, asked, drawn, answers, tally), answers, has_done=False)
         pieces = []
-        async for _, piece in answers.pieces():
-            tally.add(piece)
-            pieces.append(piece)
-    text = "".join(piece.text for piece in pieces)
-    return JSONResponse(_last(service, asked, drawn, answers, tally, pieces, text))
+        async for _, part in answers.pieces():
+            tally.add(part)
+            pieces += part
+    return JSONResponse(_last(service, asked, drawn, answers, tally, pieces))
 
 
 def _prepare(service, asked, compiled, salt):
@@ -55,12 +54,12 @@ def _prepare(service, asked, compiled, salt):
 
 
 async def _chunks(service, asked, drawn, answers, tally) -> AsyncIterator[dict[str, Any]]:
-    async for _, piece in answers.pieces():
-        tally.add(piece)
-        if piece.finish_reason:
-            yield _last(service, asked, drawn, answers, tally, [piece], piece.text)
+    async for _, pieces in answers.pieces():
+        tally.add(pieces)
+        if tally.finish_reason:
+            yield _last(service, asked, drawn, answers, tally, pieces)
             continue
-        chunk = _part(service, asked, [piece], piece.text) | {
+        chunk = _part(service, asked, pieces) | {
             "stop": False,
             "tokens_predicted": tally.num_drawn,
             "tokens_evaluated": len(drawn.prompt),
@@ -70,7 +69,8 @@ async def _chunks(service, asked, drawn, answers, tally) -> AsyncIterator[dict[s
         yield chunk
 
 
-def _part(service, asked, pieces: list[Piece], text: str) -> dict[str, Any]:
+def _part(service, asked, pieces: list[Piece]) -> dict[str, Any]:
+    text = "".join(piece.text for piece in pieces)
     part = {"index": 0, "content": text, "tokens": [piece.token for piece in pieces]}
     if asked.num_logprobs is not None:
         tokenizer = service.model.tokenizer
@@ -82,11 +82,11 @@ def _part(service, asked, pieces: list[Piece], text: str) -> dict[str, Any]:
     return part
 
 
-def _last(service, asked, drawn, answers, tally, pieces, text):
+def _last(service, asked, drawn, answers, tally, pieces):
     piece, told = pieces[-1], tally.timings()
     stop_type = "word" if piece.stop is not None else _STOP_TYPES.get(piece.finish_reason, "eos")
     ticket = answers.tickets[0]
-    return _part(service, asked, pieces, text) | {
+    return _part(service, asked, pieces) | {
         "id_slot": -1 if ticket.slot is None else ticket.slot,
         "stop": True,
         "model": service.settings.alias,

@@ -35,7 +35,7 @@ class Metrics:
 
     Attributes:
       first_token: seconds from a request's arrival at the engine to its first token.
-      between_tokens: seconds from a token to the next of the same text.
+      between_tokens: seconds from a token to the next of the same text, the mean of those that come together.
       request: seconds of a text, from its arrival at the engine to its end.
       responses: HTTP answers by route and status.
       disconnects: requests whose client left before the end.

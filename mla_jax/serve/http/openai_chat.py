@@ -4,7 +4,7 @@ import dataclasses
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -59,11 +59,11 @@ class _Message:
         self.calls: list[dict[str, Any]] = []
         self.has_second_call = False
 
-    def add(self, piece: Piece) -> list[dict[str, Any]]:
-        """Takes a piece, and returns what is new as deltas of the API."""
-        self.tally.add(piece)
-        deltas = self._answer.feed(piece.text)
-        if piece.finish_reason is not None:
+    def add(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+        """Takes pieces, and returns what is new as deltas of the API."""
+        self.tally.add(pieces)
+        deltas = self._answer.feed("".join(piece.text for piece in pieces))
+        if self.tally.finish_reason is not None:
             deltas += self._answer.finish()
         return [told for told in map(self._tell, deltas) if told]
 
@@ -150,8 +150,8 @@ async def _complete(service, asked, salt):
         if asked.drawing.stream:
             head["object"] = "chat.completion.chunk"
             return EventStream(_chunks(service, asked, answers, messages, head), answers)
-        async for index, piece in answers.pieces():
-            _take(service, asked, answers, messages, index, piece)
+        async for index, pieces in answers.pieces():
+            _take(service, asked, answers, messages, index, pieces)
     choices = [
         {
             "index": index,
@@ -207,13 +207,14 @@ def _kwargs(service, given):
     return chat.checked_kwargs(service.settings.template_kwargs) | chat.checked_kwargs(given)
 
 
-def _take(service, asked, answers, messages, index, piece):
-    """Adds a piece to its choice, and returns (deltas, logprobs) that are new."""
-    message, told = messages[index], None
-    deltas = message.add(piece)
-    if asked.num_logprobs is not None and piece.logprobs is not None:
-        told = shapes.chat_logprobs(service.model.tokenizer, piece.token, piece.logprobs)
-        message.logprobs.append(told)
+def _take(service, asked, answers, messages, index, pieces):
+    """Adds pieces to their choice, and returns (deltas, logprobs) that are new."""
+    message, told = messages[index], []
+    deltas = message.add(pieces)
+    if asked.num_logprobs is not None:
+        tell = lambda piece: shapes.chat_logprobs(service.model.tokenizer, piece.token, piece.logprobs)
+        told = [tell(piece) for piece in pieces if piece.logprobs is not None]
+        message.logprobs += told
     if message.has_second_call:
         answers.end(index)
     return deltas, told
@@ -226,25 +227,25 @@ async def _chunks(
     messages: list[_Message],
     head: dict[str, Any],
 ) -> AsyncIterator[dict[str, Any]]:
-    def chunk(index, delta, logprobs=None, finish_reason=None):
-        told = None if logprobs is None else {"content": [logprobs]}
+    def chunk(index, delta, logprobs=(), finish_reason=None):
+        told = {"content": logprobs} if logprobs else None
         choice = {"index": index, "delta": delta, "logprobs": told, "finish_reason": finish_reason}
         return head | {"choices": [choice]}
 
     for index in range(len(messages)):
         yield chunk(index, {"role": "assistant", "content": ""})
-    async for index, piece in answers.pieces():
+    async for index, pieces in answers.pieces():
         message = messages[index]
-        deltas, logprobs = _take(service, asked, answers, messages, index, piece)
-        is_last = piece.finish_reason is not None or message.has_second_call
-        if not deltas and (logprobs is not None or asked.drawing.timings_per_token) and not is_last:
+        deltas, logprobs = _take(service, asked, answers, messages, index, pieces)
+        is_last = message.tally.finish_reason is not None or message.has_second_call
+        if not deltas and (logprobs or asked.drawing.timings_per_token) and not is_last:
             deltas = [{}]
         for delta in deltas:
             told = chunk(index, delta, logprobs)
             if asked.drawing.timings_per_token:
                 told["timings"] = message.tally.timings()
             yield told
-            logprobs = None  # of the token, which has given several deltas
+            logprobs = ()  # of the tokens, which have given several deltas
         if is_last:
             told = chunk(index, {}, logprobs, message.finish_reason)
             yield told | {"timings": message.tally.timings()}

@@ -37,13 +37,16 @@ class _Text:
     parts: list[str] = dataclasses.field(default_factory=list)
     places: list[tuple[Piece, int]] = dataclasses.field(default_factory=list)
 
-    def add(self, piece):
-        self.tally.add(piece)
-        place = (piece, self.length)
-        self.places.append(place)
-        self.parts.append(piece.text)
-        self.length += len(piece.text)
-        return place
+    def add(self, pieces):
+        """Takes pieces, and returns them with their places."""
+        self.tally.add(pieces)
+        places = []
+        for piece in pieces:
+            places.append((piece, self.length))
+            self.parts.append(piece.text)
+            self.length += len(piece.text)
+        self.places += places
+        return places
 
 
 async def _complete(service, asked, salt):
@@ -60,8 +63,8 @@ async def _complete(service, asked, salt):
         head = _head(service)
         if asked.drawing.stream:
             return EventStream(_chunks(service, asked, answers, texts, head), answers)
-        async for index, piece in answers.pieces():
-            texts[index].add(piece)
+        async for index, pieces in answers.pieces():
+            texts[index].add(pieces)
     choices = [_choice(service, asked, index, text) for index, text in enumerate(texts)]
     body = head | {"choices": choices, "usage": _usage(texts, per_prompt)}
     return JSONResponse(body | {"timings": texts[0].tally.timings()})
@@ -109,23 +112,22 @@ async def _chunks(
         if text.prompt:
             choice = {"index": index, "text": text.prompt, "logprobs": None, "finish_reason": None}
             yield head | {"choices": [choice]}
-    async for index, piece in answers.pieces():
-        text = texts[index]
-        place = text.add(piece)
-        logprobs = None
+    async for index, pieces in answers.pieces():
+        tally, places = texts[index].tally, texts[index].add(pieces)
+        logprobs, new = None, "".join(piece.text for piece in pieces)
         if asked.num_logprobs is not None:
-            logprobs = shapes.text_logprobs(service.model.tokenizer, [place])
-        if not (piece.text or piece.finish_reason or logprobs or asked.drawing.timings_per_token):
+            logprobs = shapes.text_logprobs(service.model.tokenizer, places)
+        if not (new or tally.finish_reason or logprobs or asked.drawing.timings_per_token):
             continue
         choice = {
             "index": index,
-            "text": piece.text,
+            "text": new,
             "logprobs": logprobs,
-            "finish_reason": piece.finish_reason,
+            "finish_reason": tally.finish_reason,
         }
         chunk = head | {"choices": [choice]}
-        if piece.finish_reason or asked.drawing.timings_per_token:
-            chunk["timings"] = text.tally.timings()
+        if tally.finish_reason or asked.drawing.timings_per_token:
+            chunk["timings"] = tally.timings()
         yield chunk
     if asked.drawing.include_usage:
         yield head | {"choices": [], "usage": _usage(texts, asked.drawing.num_choices)}

@@ -77,12 +77,12 @@ class Tally:
         self._ticket, self._began, self._first = ticket, time.perf_counter(), None
         self._newest = self._began
 
-    def add(self, piece: Piece) -> None:
-        """Counts a piece."""
-        self.num_drawn += 1
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """Counts pieces that came together."""
+        self.num_drawn += len(pieces)
         self._newest = time.perf_counter()
         self._first = self._first or self._newest
-        self.finish_reason = piece.finish_reason
+        self.finish_reason = pieces[-1].finish_reason
 
     @property
     def ticket_timings(self) -> Timings:
