@@ -37,7 +37,12 @@ def run(folder, model, *, threads, cache_type, depth, prompt, predict) -> dict[i
     command = [str(pathlib.Path(folder).resolve() / PROGRAM), *flags]
     with tempfile.TemporaryDirectory() as scratch:  # it may leave a log where it runs
         done = subprocess.run(
-            command, cwd=scratch, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=scratch,
+            text=True,
+            errors="replace",  # it also prints pieces of tokens
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
     if done.returncode:
         raise RuntimeError(done.stdout)
