@@ -27,8 +27,8 @@ from pallas_kernels import weight_tiles
 _ROOT = pathlib.Path(__file__).parent.parent
 _PACKAGES = (mla_jax, cache, chat, quant, checkpoints_tools, cpu_kernels)
 _NOTEBOOKS = sorted(_ROOT.glob("notebooks/*.ipynb"))
+_PLOTS = sorted(_ROOT.glob("benchmarks/results/*.png"))
 _WRITE = re.compile(r"^<!-- write (.+) -->$", re.MULTILINE)
-_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 _COMMAND = re.compile(r"^  (\S+) +(.+)$", re.MULTILINE)
 _FLAG = re.compile(r"  (?:(-\w+),)? +(--\S+(?: \S+)?)  +(.*)")
 
@@ -41,12 +41,12 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the README and the notebooks, with their pictures."""
+    """Adds the README, the plots, and the notebooks with their pictures."""
     text = (_ROOT / "README.md").read_text().replace("](docs/", "](")
     text = re.sub(r"\]\((notebooks/\w+)\.ipynb\)", r"](\1.md)", text)
-    for name in set(_IMAGE.findall(text)):
-        if files.get_file_from_path(name) is None:
-            files.append(File.generated(config, name, abs_src_path=str(_ROOT / name)))
+    for path in _PLOTS:
+        name = str(path.relative_to(_ROOT))
+        files.append(File.generated(config, name, abs_src_path=str(path)))
     files.append(File.generated(config, "readme.md", content=text))
     for path in _NOTEBOOKS:
         settings = {"output_files_dir": f"{path.stem}_files"}
@@ -59,14 +59,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_) -> str:
-    """Writes what the lines `<!-- write NAME -->` of a page ask for."""
+    """Writes what the lines `<!-- write NAME -->` of a page ask for, and finds plots in the site."""
 
     def written(match):
         if match[1] not in _WRITERS:
             raise PluginError(f"{page.file.src_uri} must ask for one of {list(_WRITERS)}, got {match[1]!r}.")
         return _WRITERS[match[1]]()
 
-    return _WRITE.sub(written, markdown)
+    return _WRITE.sub(written, markdown).replace("](../benchmarks/", "](benchmarks/")
 
 
 def on_post_build(config: MkDocsConfig) -> None:
