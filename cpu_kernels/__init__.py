@@ -6,7 +6,7 @@ library was built with the package; who calls an op has asked it.
 """
 
 from cpu_kernels.experts import expert_ffn, select_experts
-from cpu_kernels.latent_append import APPENDED_TYPES, latent_append
+from cpu_kernels.latent_append import latent_append
 from cpu_kernels.latent_attention import latent_attention, latent_prefill, split_queries
 from cpu_kernels.library import (
     available,
@@ -21,7 +21,6 @@ from cpu_kernels.matmul import head_matmul, head_transposed, matmul
 from cpu_kernels.norm import rms_norm
 
 __all__ = [
-    "APPENDED_TYPES",
     "available",
     "expert_ffn",
     "formats",

@@ -1,12 +1,10 @@
-"""Writes new tokens to the paged latent cache: norm, rotary position, quantisation, store."""
+"""Writes new tokens to the paged latent cache: norm, both rotations, quantisation, store."""
 
 import jax
 import numpy as np
 
 from cpu_kernels.latent_attention import Part
 from cpu_kernels.library import write
-
-APPENDED_TYPES = frozenset({"f32", "f16", "bf16", "q8_0"})  # cache types that have an encoder
 
 
 def latent_append(
@@ -22,6 +20,8 @@ def latent_append(
     latent_type: str,
     rope_type: str,
     epsilon: float,
+    latent_rotation: int | None = None,
+    rope_rotation: int | None = None,
 ) -> tuple[Part, Part]:
     """Writes what the down-projection gives of new tokens to their places in the cache.
 
@@ -35,9 +35,11 @@ def latent_append(
         their token. No two tokens may have one place.
       latent: part of the cache, R wide; free places may hold anything.
       rope: the same, P wide.
-      latent_type: of `APPENDED_TYPES`.
+      latent_type: name of a cache type.
       rope_type: the same.
       epsilon: of the RMSNorm.
+      latent_rotation: runs of this many numbers are Hadamard-rotated first; a power of two that divides R.
+      rope_rotation: the same, after the rotation by position.
 
     Returns:
       Both parts, written in place where they are donated. Numbers beyond the range of float16 and scales
@@ -52,6 +54,8 @@ def latent_append(
             latent_type=latent_type,
             rope_type=rope_type,
             epsilon=np.float32(epsilon),
+            latent_rotation=np.int64(latent_rotation or 0),
+            rope_rotation=np.int64(rope_rotation or 0),
         )
     )
     results = tuple(next(written) if pool.size else pool for pool in pools)

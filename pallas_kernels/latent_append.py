@@ -86,7 +86,7 @@ def _hadamard(x, size):
         difference = jnp.sum(jnp.where(is_upper, x, -x), axis=-2, keepdims=True)
         x = jnp.where(is_upper, total, difference)
         distance *= 2
-    scale = np.float32(1) / np.float32(math.sqrt(size))  # XLA's way to divide by a constant
+    scale = np.float32(1) / np.float32(math.sqrt(size))
     return x.reshape(shape) * float(scale)
 
 

@@ -36,9 +36,7 @@ inline ffi::Error read_part(const ffi::AnyBuffer* arrays, std::string_view name,
                             CachePart* out) {
   const CacheType* type = kernels().cache_type(name);
   if (type == nullptr) return ffi::Error::InvalidArgument("there is no reader of cache type " + std::string(name));
-  const int64_t blocks = size / type->block, bytes[] = {type->low * blocks, type->high * blocks,
-                                                       type->scale * (type->one_scale ? 1 : blocks),
-                                                       type->offset * blocks};
+  const auto bytes = type->row_bytes(size);
   const void* planes[4];
   for (int i = 0; i < 4; ++i) {
     if (size % type->block || static_cast<int64_t>(arrays[i].size_bytes()) != slots * bytes[i])

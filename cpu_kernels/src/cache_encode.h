@@ -1,4 +1,5 @@
-// New rows of the cache, in the planes of `mla_jax.cache.codec` and by its rules, of the types that most caches have.
+// New rows of the cache, in the planes of `mla_jax.cache.codec` and by its rules, of the types that most caches have:
+// those of the others are in cache_encoders.cc.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,8 @@
 #include "quantise.h"
 
 namespace MLA_ISA {
+
+using mla::CacheTarget;
 
 constexpr float kLargestHalf = 65504;
 
@@ -35,12 +38,12 @@ inline uint16_t to_half(float x) {
 #endif
 }
 
-inline void encode_f32(const float* row, int size, int64_t place, void* low, void*) {
-  std::memcpy(static_cast<float*>(low) + place * size, row, sizeof(float) * size);
+inline void encode_f32(const float* row, int size, int64_t place, const CacheTarget& target) {
+  std::memcpy(static_cast<float*>(target.low) + place * size, row, sizeof(float) * size);
 }
 
-inline void encode_f16(const float* row, int size, int64_t place, void* low, void*) {
-  uint16_t* out = static_cast<uint16_t*>(low) + place * size;
+inline void encode_f16(const float* row, int size, int64_t place, const CacheTarget& target) {
+  uint16_t* out = static_cast<uint16_t*>(target.low) + place * size;
   int i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= size; i += 16) {
@@ -53,8 +56,8 @@ inline void encode_f16(const float* row, int size, int64_t place, void* low, voi
   for (; i < size; ++i) out[i] = to_half(row[i]);
 }
 
-inline void encode_bf16(const float* row, int size, int64_t place, void* low, void*) {
-  uint16_t* out = static_cast<uint16_t*>(low) + place * size;
+inline void encode_bf16(const float* row, int size, int64_t place, const CacheTarget& target) {
+  uint16_t* out = static_cast<uint16_t*>(target.low) + place * size;
   for (int i = 0; i < size; ++i) {
     uint32_t bits;
     std::memcpy(&bits, row + i, 4);
@@ -63,10 +66,10 @@ inline void encode_bf16(const float* row, int size, int64_t place, void* low, vo
   }
 }
 
-inline void encode_q8_0(const float* row, int size, int64_t place, void* low, void* scale) {
+inline void encode_q8_0(const float* row, int size, int64_t place, const CacheTarget& target) {
   constexpr float kLargest = 0x1p24f;  // numbers beyond are taken for it
-  int8_t* codes = static_cast<int8_t*>(low) + place * size;
-  uint16_t* scales = static_cast<uint16_t*>(scale) + place * (size / 32);
+  int8_t* codes = static_cast<int8_t*>(target.low) + place * size;
+  uint16_t* scales = static_cast<uint16_t*>(target.scale) + place * (size / 32);
   for (int b = 0; b < size / 32; ++b) {
     Vector values[2];
     std::memcpy(values, row + 32 * b, sizeof(values));

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "cache_encode.h"
+#include "cache_encoders.h"
 #include "float_products.h"
 #include "formats_iq4.h"
 #include "kernels.h"
@@ -84,15 +85,15 @@ const mla::CacheType kCacheTypes[] = {
     {"f32", 1, 4, 0, 0, 0, false, read_floats<F32>, encode_f32},
     {"f16", 1, 2, 0, 0, 0, false, read_floats<F16>, encode_f16},
     {"bf16", 1, 2, 0, 0, 0, false, read_floats<BF16>, encode_bf16},
-    {"fp8_e4m3", 1, 1, 0, 0, 0, false, read_fp8_e4m3},
+    {"fp8_e4m3", 1, 1, 0, 0, 0, false, read_fp8_e4m3, mla::encode_fp8_e4m3},
     {"q8_0", 32, 32, 0, 2, 0, false, read_q8_0, encode_q8_0},
-    {"q8_KV", 1, 1, 0, 4, 0, true, read_q8_kv},
-    {"q6_0", 32, 16, 8, 2, 0, false, read_planes<2, 32>},
-    {"q5_1", 32, 16, 4, 2, 2, false, read_planes<1, 0>},
-    {"q5_0", 32, 16, 4, 2, 0, false, read_planes<1, 16>},
-    {"q4_1", 32, 16, 0, 2, 2, false, read_planes<0, 0>},
-    {"q4_0", 32, 16, 0, 2, 0, false, read_planes<0, 8>},
-    {"iq4_nl", 32, 16, 0, 2, 0, false, read_planes<0, -1>},
+    {"q8_KV", 1, 1, 0, 4, 0, true, read_q8_kv, mla::encode_q8_kv},
+    {"q6_0", 32, 16, 8, 2, 0, false, read_planes<2, 32>, mla::encode_q6_0},
+    {"q5_1", 32, 16, 4, 2, 2, false, read_planes<1, 0>, mla::encode_q5_1},
+    {"q5_0", 32, 16, 4, 2, 0, false, read_planes<1, 16>, mla::encode_q5_0},
+    {"q4_1", 32, 16, 0, 2, 2, false, read_planes<0, 0>, mla::encode_q4_1},
+    {"q4_0", 32, 16, 0, 2, 0, false, read_planes<0, 8>, mla::encode_q4_0},
+    {"iq4_nl", 32, 16, 0, 2, 0, false, read_planes<0, -1>, mla::encode_iq4_nl},
 };
 
 const mla::CacheType* cache_type(std::string_view name) {

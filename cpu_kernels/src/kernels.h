@@ -1,6 +1,7 @@
 // What each instruction set implements; `kernels.cc` is compiled once for each of them.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <limits>
 #include <string_view>
@@ -109,6 +110,11 @@ struct CachePart {
   const void *low, *high, *scale, *offset;
 };
 
+// Where rows of a part are written to.
+struct CacheTarget {
+  void *low, *high, *scale, *offset;
+};
+
 // Rows are whole numbers of blocks, each of so many bytes in every plane.
 struct CacheType {
   const char* name;
@@ -116,8 +122,14 @@ struct CacheType {
   bool one_scale;  // for the whole row
   // Decodes the row at `place`, counted over all pages.
   void (*read)(const CachePart& part, int64_t place, float* out);
-  // Encodes a row of `size` numbers to that place; null for a type of which others do it.
-  void (*encode)(const float* row, int size, int64_t place, void* low, void* scale) = nullptr;
+  // Encodes a row of `size` numbers to that place.
+  void (*encode)(const float* row, int size, int64_t place, const CacheTarget& target);
+
+  // Bytes of a row of `size` numbers in the planes low, high, scale and offset.
+  std::array<int64_t, 4> row_bytes(int64_t size) const {
+    const int64_t blocks = size / block;
+    return {low * blocks, high * blocks, scale * (one_scale ? 1 : blocks), offset * blocks};
+  }
 };
 
 struct LatentCache {

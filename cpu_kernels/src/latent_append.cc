@@ -1,4 +1,5 @@
-// From the down-projection to the cache: norm of the latent, rotary position, codes, and where they go.
+// From the down-projection to the cache: norm of the latent, rotary position, Hadamard rotation, codes, and where they go.
+#include <cmath>
 #include <vector>
 
 #include "attention_call.h"
@@ -10,35 +11,50 @@ namespace {
 
 constexpr int64_t kTaskTokens = 16;
 
+// Multiplies `size` numbers by the Hadamard matrix over sqrt(size).
+void rotate(float* x, int size) {
+  for (int distance = 1; distance < size; distance *= 2)
+    for (int first = 0; first < size; first += 2 * distance)
+      for (int i = first; i < first + distance; ++i) {
+        const float upper = x[i], lower = x[i + distance];
+        x[i] = upper + lower;
+        x[i + distance] = upper - lower;
+      }
+  const float shrink = 1 / std::sqrt(static_cast<float>(size));
+  for (int i = 0; i < size; ++i) x[i] *= shrink;
+}
+
 // A part of the cache that is written to.
 struct Target {
   const CacheType* type;
-  int64_t size;
-  void *low, *scale = nullptr;
+  int size, run;  // numbers of a row, and of a run that is Hadamard-rotated, 0 for none
+  CacheTarget planes;
 
-  void encode(const float* row, int64_t place) const {
-    type->encode(row, static_cast<int>(size), place, low, scale);
+  void encode(float* row, int64_t place) const {
+    for (int first = 0; run > 0 && first < size; first += run) rotate(row + first, run);
+    type->encode(row, size, place, planes);
   }
 };
 
 // Takes the arrays of a part from place `*next` on: as `read_part`, but none is there for what its type lacks.
-ffi::Error read_target(const ffi::RemainingRets& pools, std::string_view name, int64_t size, int64_t slots,
+ffi::Error read_target(const ffi::RemainingRets& pools, std::string_view name, int64_t size, int64_t run, int64_t slots,
                        size_t* next, Target* out) {
   const CacheType* type = kernels().cache_type(name);
-  if (type == nullptr || type->encode == nullptr)
-    return ffi::Error::InvalidArgument("there is no encoder of cache type " + std::string(name));
-  const auto take = [&](int64_t bytes, void** array) {
+  if (type == nullptr) return ffi::Error::InvalidArgument("there is no encoder of cache type " + std::string(name));
+  if (run < 0 || (run & (run - 1)) != 0 || (run > 0 && size % run != 0))
+    return ffi::Error::InvalidArgument("rows of " + std::to_string(size) + " numbers have no runs of " +
+                                       std::to_string(run) + " to rotate");
+  const auto bytes = type->row_bytes(size);
+  void* planes[4] = {};
+  for (int i = 0; i < 4; ++i) {
+    if (bytes[i] == 0) continue;
     auto found = pools.get<ffi::AnyBuffer>((*next)++);
-    if (!found.has_value() || static_cast<int64_t>((*found)->size_bytes()) != slots * bytes) return false;
-    *array = (*found)->untyped_data();
-    return true;
-  };
-  *out = {type, size};
-  const int64_t blocks = size / type->block;
-  if (size % type->block != 0 || !take(type->low * blocks, &out->low) ||
-      (type->scale > 0 && !take(type->scale * blocks, &out->scale)))
-    return ffi::Error::InvalidArgument("arrays of the cache do not fit rows of " + std::to_string(size) +
-                                       " numbers of type " + std::string(name));
+    if (size % type->block || !found.has_value() || static_cast<int64_t>((*found)->size_bytes()) != slots * bytes[i])
+      return ffi::Error::InvalidArgument("arrays of the cache do not fit rows of " + std::to_string(size) +
+                                         " numbers of type " + std::string(name));
+    planes[i] = (*found)->untyped_data();
+  }
+  *out = {type, static_cast<int>(size), static_cast<int>(run), {planes[0], planes[1], planes[2], planes[3]}};
   return ffi::Error::Success();
 }
 
@@ -46,7 +62,8 @@ ffi::Error read_target(const ffi::RemainingRets& pools, std::string_view name, i
 ffi::Error latent_append(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> kv, ffi::Buffer<ffi::F32> norm,
                          ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin, ffi::Buffer<ffi::S32> pages,
                          ffi::Buffer<ffi::S32> slots, ffi::RemainingArgs, ffi::RemainingRets pools,
-                         std::string_view latent_type, std::string_view rope_type, float epsilon) {
+                         std::string_view latent_type, std::string_view rope_type, int64_t latent_rotation,
+                         int64_t rope_rotation, float epsilon) {
   const Shape shape = kv.dimensions(), table = pages.dimensions();
   auto first = pools.get<ffi::AnyBuffer>(0);
   if (shape.size() != 3 || !first.has_value() || (*first)->dimensions().size() != 3)
@@ -59,10 +76,11 @@ ffi::Error latent_append(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> kv, ffi::Bu
   const int64_t num_pages = (*first)->dimensions()[0], page_size = (*first)->dimensions()[1];
   Target targets[2];
   size_t next = 0;
-  if (ffi::Error error = read_target(pools, latent_type, rank, num_pages * page_size, &next, &targets[0]);
+  const int64_t places = num_pages * page_size;
+  if (ffi::Error error = read_target(pools, latent_type, rank, latent_rotation, places, &next, &targets[0]);
       error.failure())
     return error;
-  if (ffi::Error error = read_target(pools, rope_type, rope, num_pages * page_size, &next, &targets[1]);
+  if (ffi::Error error = read_target(pools, rope_type, rope, rope_rotation, places, &next, &targets[1]);
       error.failure())
     return error;
   if (next != pools.size()) return ffi::Error::InvalidArgument("the cache has arrays that its types lack");
@@ -101,6 +119,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_latent_append, latent_append,
                                   .RemainingRets()
                                   .Attr<std::string_view>("latent_type")
                                   .Attr<std::string_view>("rope_type")
+                                  .Attr<int64_t>("latent_rotation")
+                                  .Attr<int64_t>("rope_rotation")
                                   .Attr<float>("epsilon"));
 
 }  // namespace mla

@@ -30,4 +30,4 @@ def rotate(x: jax.Array, size: int | None) -> jax.Array:
         upper, lower = pairs[..., 0, :], pairs[..., 1, :]
         values = jnp.stack([upper + lower, upper - lower], axis=-2).reshape(x.shape)
         distance *= 2
-    return (values / math.sqrt(size)).astype(x.dtype)
+    return (values * (1 / math.sqrt(size))).astype(x.dtype)

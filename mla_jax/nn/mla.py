@@ -340,16 +340,16 @@ class MLAttention(nn.Module):
             latent_BTR = rotate(latent_BTR, self.run.latent_rotation)
             return rows.append(latent_BTR, rotate(rope_BTP, self.run.rope_rotation), slots)
 
-        def by_kernel(kernel, rows, raw, positions, slots, **kwargs):
+        def by_kernel(kernel, rows, raw, positions, slots):
             angles = rope_lib.cos_and_sin(positions, self._frequencies())
-            return rows.append_by(kernel, *raw, *angles, slots, epsilon=self.config.norm_epsilon, **kwargs)
+            settings = dict(epsilon=self.config.norm_epsilon, **rotations)
+            return rows.append_by(kernel, *raw, *angles, slots, **settings)
 
         ways = {}
         if not is_tapped(self, "latent", "k_rope"):
+            ways["cpu"] = functools.partial(by_kernel, cpu_kernels.latent_append)
             if self._for_gpu(rows):
-                ways["cuda"] = functools.partial(by_kernel, mla_on_gpu.append, **rotations)
-            if mla_on_cpu.appends(rows) and not any(rotations.values()):
-                ways["cpu"] = functools.partial(by_kernel, cpu_kernels.latent_append)
+                ways["cuda"] = functools.partial(by_kernel, mla_on_gpu.append)
         return dispatch.run(rows, raw, positions, slots, **ways, default=default)
 
     @property

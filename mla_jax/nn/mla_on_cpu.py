@@ -6,11 +6,6 @@ from mla_jax.nn.up_projections import UpProjections
 from mla_jax.quant import dispatch
 
 
-def appends(rows: LatentRows) -> bool:
-    """Whether `cpu_kernels.latent_append` has encoders of the types of a cache."""
-    return cpu_kernels.APPENDED_TYPES.issuperset(map(codec.type_of, (rows.latent, rows.rope)))
-
-
 def attend_absorbed(q, q_rope, rows: LatentRows, up: UpProjections, positions, *, sm_scale, rotation):
     """Attends in latent space, see `mla.attend_absorbed`."""
     B, T, N, H = q.shape

@@ -10,7 +10,7 @@ from small_model import CONFIG
 
 import cpu_kernels
 from mla_jax import sampler, steps
-from mla_jax.cache import LatentRows, codec, init_cache, init_pool
+from mla_jax.cache import LatentRows, codec, init_cache, init_pool, rotate
 from mla_jax.config import CACHE_TYPES, RunConfig
 from mla_jax.nn import rope, transformer
 
@@ -19,7 +19,9 @@ EPSILON = 1e-6
 FREQUENCIES = (10000.0 ** -np.linspace(0, 1, P // 2)).astype(np.float32)
 SIZES = {"no number": np.nan, "infinite": np.inf, "huge": -3e38, "beyond float16": 1e30, "tiny": 1e-42}
 
-each_type = pytest.mark.parametrize("name", sorted(cpu_kernels.APPENDED_TYPES))
+REFITTED = ("q6_0", "q4_0", "iq4_nl")  # whose scale is a ratio of sums, which XLA adds in an order of its own
+
+each_type = pytest.mark.parametrize("name", CACHE_TYPES)
 
 
 def _garbage(name, size, Z):
@@ -41,15 +43,16 @@ def _case(seed=0, tokens=T):
     return kv, pages, slots
 
 
-def _append(kv, norm, pages, slots, rows):
+def _append(kv, norm, pages, slots, rows, rotation=None, is_first=False):
     """Also returns what is kept of each token, by the kernels that stand alone."""
     kv, slots = jnp.asarray(kv), jnp.asarray(slots)
-    angles = rope.cos_and_sin(slots + 1000, FREQUENCIES)
+    angles = rope.cos_and_sin(jnp.zeros_like(slots) if is_first else slots + 1000, FREQUENCIES)
     latent = cpu_kernels.rms_norm(kv[..., :R], norm, epsilon=EPSILON)
     rotated = cpu_kernels.split_queries(kv[:, :, None, R:], *angles)[1][:, :, 0]
     rows = rows.at(jnp.asarray(pages))
-    appended = rows.append_by(cpu_kernels.latent_append, kv, norm, *angles, slots, epsilon=EPSILON)
-    return appended, (latent, rotated)
+    settings = dict(epsilon=EPSILON, latent_rotation=rotation, rope_rotation=rotation)
+    appended = rows.append_by(cpu_kernels.latent_append, kv, norm, *angles, slots, **settings)
+    return appended, (rotate(latent, rotation), rotate(rotated, rotation))
 
 
 def _expected(rows, parts, pages, slots):
@@ -75,14 +78,25 @@ def _same(found, wanted):
     np.testing.assert_array_equal(*(np.asarray(array).astype(np.float32) for array in (found, wanted)))
 
 
-def _check(kv, pages, slots, name, rope_name=None):
+def _same_rows(found, wanted):
+    """Compares what is kept, as numbers: codes under a NaN do not count, and few refits may differ."""
+    name = codec.type_of(found)
+    decoded, expected = (np.asarray(codec.decode(part)) for part in (found, wanted))
+    if name not in REFITTED:
+        np.testing.assert_array_equal(decoded, expected)
+        return
+    np.testing.assert_allclose(decoded, expected, rtol=2**-10, atol=1e-30)  # a unit in the scale's last place
+    differ = (decoded != expected) & ~(np.isnan(decoded) & np.isnan(expected))
+    assert differ.reshape(*differ.shape[:-1], -1, 32).any(axis=-1).mean() < 2e-3
+
+
+def _check(kv, pages, slots, name, rope_name=None, rotation=None):
     norm = jnp.asarray(np.random.default_rng(9).standard_normal(R), jnp.float32)
     rows = LatentRows(latent=_garbage(name, R, B * M + 2), rope=_garbage(rope_name or name, P, B * M + 2))
-    appended, parts = _append(kv, norm, pages, slots, rows)
+    appended, parts = _append(kv, norm, pages, slots, rows, rotation)
     expected = _expected(rows, parts, pages, slots)
     for pool, leaves in zip((appended.latent, appended.rope), expected, strict=True):
-        for found, wanted in zip(jax.tree.leaves(pool), leaves, strict=True):
-            _same(found, wanted)
+        _same_rows(pool, jax.tree.unflatten(jax.tree.structure(pool), leaves))
     return appended
 
 
@@ -92,7 +106,13 @@ def test_rows_are_those_of_the_codec(name, tokens, instruction_set):
     _check(*_case(tokens=tokens), name)
 
 
-@pytest.mark.parametrize("names", [("q8_0", "f16"), ("f16", "q8_0"), ("bf16", "f32")])
+@each_type
+@pytest.mark.parametrize("rotation", [2, 32])
+def test_rows_are_rotated_before_they_are_encoded(name, rotation):
+    _check(*_case(), name, rotation=rotation)
+
+
+@pytest.mark.parametrize("names", [("q8_0", "f16"), ("f16", "q6_0"), ("bf16", "q5_1"), ("q8_KV", "iq4_nl")])
 def test_parts_may_be_of_two_types(names, instruction_set):
     _check(*_case(), *names)
 
@@ -119,11 +139,10 @@ def test_many_roundings(name, instruction_set):
     pages, slots = np.arange(750, dtype=np.int32)[None], np.arange(3000, dtype=np.int32)[None]
     norm = jnp.ones((R,), jnp.float32)
     rows = LatentRows(latent=_garbage(name, R, 750), rope=_garbage(name, P, 750))
-    appended, parts = _append(kv, norm, pages, slots, rows)
+    appended, parts = _append(kv, norm, pages, slots, rows, is_first=True)  # which leaves halves as they are
     for pool, part in zip((appended.latent, appended.rope), parts, strict=True):
-        encoded = jax.tree.leaves(codec.encode(part[0], name))
-        for found, wanted in zip(jax.tree.leaves(pool), encoded, strict=True):
-            _same(found.reshape(wanted.shape), wanted)
+        wanted = codec.encode(part[0], name)
+        _same_rows(jax.tree.map(lambda leaf, other: leaf.reshape(other.shape), pool, wanted), wanted)
 
 
 def test_no_tokens_change_nothing():
@@ -184,15 +203,13 @@ def test_under_vmap_every_sequence_has_its_own_cache():
 
 @pytest.mark.parametrize("name", CACHE_TYPES)
 @pytest.mark.parametrize("rotation", [None, 64])
-def test_the_model_appends_by_the_kernel_where_there_is_one(name, rotation):
+def test_the_model_appends_by_the_kernel(name, rotation):
     config = dataclasses.replace(CONFIG, mla=dataclasses.replace(CONFIG.mla, qk_rope_head_dim=64))
     run = RunConfig(cache_type=name, hadamard_size=rotation)
     step = lambda params, cache: transformer.apply(params, jnp.zeros((1, 1), jnp.int32), cache, config, run)
     params = jax.eval_shape(lambda: transformer.init_params(jax.random.key(0), config))
     text = jax.jit(step).lower(params, init_cache(config, run, batch=1, ctx_size=256)).as_text()
-    assert ("mla_latent_append" in text) == (
-        name in cpu_kernels.APPENDED_TYPES and run.latent_rotation is None
-    )
+    assert "mla_latent_append" in text
 
 
 @pytest.mark.parametrize(
@@ -201,7 +218,10 @@ def test_the_model_appends_by_the_kernel_where_there_is_one(name, rotation):
         (dict(pages=jnp.zeros((2, M), jnp.int32)), "norm, angles, slots and pages do not fit"),
         (dict(norm=jnp.ones((R + P + 2,))), "norm, angles, slots and pages do not fit"),
         (dict(kv=jnp.ones((B * T, R + P))), "must have three axes"),
-        (dict(latent_type="q4_0"), "no encoder of cache type q4_0"),
+        (dict(latent_type="q3_0"), "no encoder of cache type q3_0"),
+        (dict(latent_rotation=64), f"rows of {R} numbers have no runs of 64"),
+        (dict(rope_rotation=6), f"rows of {P} numbers have no runs of 6"),
+        (dict(rope_rotation=-2), f"rows of {P} numbers have no runs of -2"),
         (dict(latent_type="f32"), f"do not fit rows of {R} numbers of type f32"),
         (dict(rope_type="q8_0"), f"do not fit rows of {P} numbers of type q8_0"),
         (dict(rope=codec.parts(_garbage("q8_0", P, 4)), rope_type="q8_0"), f"do not fit rows of {P} numbers"),
