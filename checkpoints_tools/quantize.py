@@ -92,7 +92,7 @@ class Plan:
         count, copied = len(self.rows), sum(row.is_copied for row in self.rows)
         lines = [
             f"{count} tensors, {count - copied} encoded and {copied} copied: {old:,} bytes become {new:,}, "
-            f"{8 * old / num_weights:.2f} bits per weight {8 * new / num_weights:.2f}"
+            f"{8 * old / num_weights:.2f} bits per weight become {8 * new / num_weights:.2f}"
         ]
         lines += misfits((row.wanted, row.new) for row in self.rows if row.wanted is not None)
         names = [row.name for row in self.rows if row.wanted is not None]

@@ -16,10 +16,12 @@ from checkpoints_tools import split as split_lib
 from checkpoints_tools.gguf_file import open_gguf
 from checkpoints_tools.inspect import columns
 from checkpoints_tools.model_file import check_model
+from checkpoints_tools.plan import is_preset
 from mla_jax.cli import mesh as mesh_lib
 from mla_jax.cli import paths, placing
 from mla_jax.cli.argv import UsageError, spelled
 from mla_jax.config import RunConfig
+from mla_jax.presets import PRESETS
 
 _SIZE = re.compile(r"([0-9]{1,15})([KMG]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -32,6 +34,8 @@ def inspect(values):
 
 def plan(values):
     """Prints what a model and its cache take in memory, without loading it."""
+    if not (is_preset(values.model) or os.path.exists(values.model) or values.model.endswith(".gguf")):
+        raise UsageError(f"--model must be a file or one of {', '.join(PRESETS)}, got {values.model!r}.")
     run = RunConfig(
         mla=int(values.mla), cache_type=values.cache_type_k, cache_type_rope=values.cache_type_rope
     )

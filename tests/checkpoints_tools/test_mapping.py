@@ -105,7 +105,7 @@ def test_the_choice_and_the_speed_are_told(tmp_path, monkeypatch, caplog):
         checkpoints_tools.load_gguf(path)
     count = len(open_gguf(path).tensors)
     first, second = [text for text in caplog.messages if "stay" in text or "/s" in text]
-    assert f"more than 80% of the 0.00 GiB of memory at hand: {count} of {count} stay in the file" in first
+    assert f"more than 80% of the 0.0 MiB of memory at hand: {count} of {count} stay in the file" in first
     assert re.search(r"from a disk that gave [0-9.]+ GB/s just now: at most [0-9.e+]+ tokens/s$", second)
 
 

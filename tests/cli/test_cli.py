@@ -100,6 +100,13 @@ def test_plan_takes_a_file_or_a_preset_without_a_flag(run, path):
     ) and err == "mla-jax: absent.gguf: cannot be read: No such file or directory.\n"
 
 
+def test_a_plan_of_what_is_neither_tells_the_presets(run):
+    code, out, err = run("plan", "deepseek-v9")
+    assert (code, out) == (2, "")
+    assert err.startswith("mla-jax: --model must be a file or one of deepseek-v2-lite, deepseek-v2,")
+    assert err.endswith("got 'deepseek-v9'.\n")
+
+
 def test_a_rotation_of_what_is_not_quantised_is_said_to_be_off(run, path):
     code, _, err = run("generate", "-m", path, "-p", "the", "-n", "1", "-khad")
     assert code == 0 and "--k-cache-hadamard is off: a cache of type f16 is not quantised" in err
