@@ -189,6 +189,8 @@ struct Kernels {
   }
 };
 
+extern const bool passes_weights_by;  // whether weights are read past the caches: see `prefetch_weights`
+
 const Kernels& kernels();  // those in use: the best that this machine has, unless told otherwise
 
 }  // namespace mla

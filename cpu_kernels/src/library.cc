@@ -63,6 +63,15 @@ std::atomic<const Kernels*> in_use{nullptr};
 
 }  // namespace
 
+const bool passes_weights_by = [] {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") != 0;
+#else
+  return false;
+#endif
+}();
+
 const Kernels& kernels() {
   const Kernels* chosen = in_use.load(std::memory_order_relaxed);
   if (chosen == nullptr) {

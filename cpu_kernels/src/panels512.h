@@ -224,8 +224,7 @@ void multiply_panels_by(const Matrix& matrix, int64_t begin, int64_t end, int co
       const uint8_t* ahead = chunk.p + kAhead;
       const bool goes_on = ahead >= last && matrix.next != nullptr;
       if (goes_on) ahead = matrix.next + (ahead - last);
-      if (goes_on || ahead < matrix.end)
-        for (int64_t i = 0; i < groups * kGroupBytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_NTA);
+      if (goes_on || ahead < matrix.end) prefetch_weights(ahead, groups * kGroupBytes);
       meet_chunk<F::kGroup, kCount>(chunk, rows(c), groups, totals);
     }
     for (int t = 0; t < count; ++t) _mm512_storeu_ps(out + t * stride + r, totals[t]);

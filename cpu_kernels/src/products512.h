@@ -177,7 +177,8 @@ struct IntegerDot {
     if constexpr (!kInRegisters<F>)
       for (int k = 0; k < kRows; ++k) unpack<F>(matrix, r + k, 0, &memory[0][k]);
     for (int c = 0; c * kChunk < matrix.size; ++c) {
-      for (const uint8_t* end = ahead + kRows * bytes; ahead < end; ahead += 64) _mm_prefetch(ahead, _MM_HINT_NTA);
+      prefetch_weights(ahead, kRows * bytes);
+      ahead += kRows * bytes;
       if constexpr (!kInRegisters<F>)
         for (int k = 0; k < kRows && (c + 1) * kChunk < matrix.size; ++k)
           unpack<F>(matrix, r + k, c + 1, &memory[(c + 1) % 2][k]);

@@ -36,8 +36,7 @@ class TransposedBlock {
 
   // Asks for what comes after the block, so that it is there in time.
   void prefetch(int64_t ahead) const {
-    for (int p = 0; p < panels_; ++p)
-      for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(first_ + p * stride_ + ahead + i, _MM_HINT_NTA);
+    for (int p = 0; p < panels_; ++p) prefetch_weights(first_ + p * stride_ + ahead, kBytes);
   }
 
   // out[c] = or += sum over rows of x[row] * weight[row][c].
