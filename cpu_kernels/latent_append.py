@@ -38,12 +38,13 @@ def latent_append(
       latent_type: name of a cache type.
       rope_type: the same.
       epsilon: of the RMSNorm.
-      latent_rotation: runs of this many numbers are Hadamard-rotated first; a power of two that divides R.
+      latent_rotation: runs of this many numbers are Hadamard-rotated before they are encoded; a power of two
+        that divides R.
       rope_rotation: the same, after the rotation by position.
 
     Returns:
-      Both parts, written in place where they are donated. Numbers beyond the range of float16 and scales
-      beyond it saturate; NaN stays NaN in all numbers that depend on it, and in no other row.
+      Both parts, written in place where they are donated. Numbers beyond the range of f16 or fp8_e4m3 and
+      scales beyond float16 saturate; NaN stays NaN in all numbers that depend on it, and in no other row.
     """
     pools = (*latent, *rope)
     written = iter(

@@ -1,5 +1,5 @@
 // The rules of `mla_jax.quant.quantisers`, a block at a time, and the planes of `mla_jax.cache.codec`.
-#define MLA_ISA plain
+#define MLA_ISA plain  // what is shared with instruction sets is compiled for this file alone
 #include "cache_encoders.h"
 
 #include <algorithm>
@@ -17,7 +17,8 @@ namespace {
 constexpr int kBlock = 32, kMaxMoves = 1024;
 constexpr float kLargest = 0x1p24f;  // numbers beyond are taken for it
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-constexpr float kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr float kLevels[16] = {  // of iq4_nl, as signed numbers
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 struct Scale {
   float scale, offset = 0;
@@ -31,10 +32,10 @@ float extreme_of(const float* x) {
   return extreme;
 }
 
-// What brings `extreme` to `code`, by way of the scale; 0 for a block of zeros.
+// What brings `extreme` to `code`, by way of the scale; 0 for a block of zeros, or of numbers too small for a scale.
 float inverse_of(float extreme, float code) {
-  const float scale = extreme / code;
-  return scale == 0 ? 0 : 1 / scale;
+  const float inverse = 1 / (extreme / code);
+  return std::isfinite(inverse) ? inverse : 0;
 }
 
 // The nearest whole number in [smallest, largest], ties to even.
@@ -121,7 +122,8 @@ Scale search_iq4_nl(const float* x, uint8_t* codes) {
     codes[i] = static_cast<uint8_t>(extreme == 0 ? 0 : code);
     fit.add(x[i] * x[i], kLevels[codes[i]], x[i]);
   }
-  for (int i = 0; i < kMaxMoves && extreme != 0 && move_one_code(x, codes, &fit);) ++i;
+  for (int i = 0; i < kMaxMoves; ++i)
+    if (extreme == 0 || !move_one_code(x, codes, &fit)) break;
   return {fit.scale(0)};
 }
 
@@ -143,7 +145,7 @@ void pack(const std::vector<uint8_t>& codes, void* plane, int64_t place) {
   std::fill_n(out, bytes, 0);
   for (int part = 0; part < 8 / kBits; ++part)
     for (int i = 0; i < bytes; ++i)
-      out[i] |= (codes[part * bytes + i] >> kFirst & ((1 << kBits) - 1)) << (part * kBits);
+      out[i] |= static_cast<uint8_t>((codes[part * bytes + i] >> kFirst & ((1 << kBits) - 1)) << (part * kBits));
 }
 
 template <int kHighBits, class Search>

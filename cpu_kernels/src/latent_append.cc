@@ -30,7 +30,8 @@ struct Target {
   int size, run;  // numbers of a row, and of a run that is Hadamard-rotated, 0 for none
   CacheTarget planes;
 
-  void encode(float* row, int64_t place) const {
+  // Rotates a row where it is, and encodes it.
+  void take(float* row, int64_t place) const {
     for (int first = 0; run > 0 && first < size; first += run) rotate(row + first, run);
     type->encode(row, size, place, planes);
   }
@@ -46,14 +47,16 @@ ffi::Error read_target(const ffi::RemainingRets& pools, std::string_view name, i
                                        std::to_string(run) + " to rotate");
   const auto bytes = type->row_bytes(size);
   void* planes[4] = {};
-  for (int i = 0; i < 4; ++i) {
+  bool fits = size % type->block == 0;
+  for (int i = 0; fits && i < 4; ++i) {
     if (bytes[i] == 0) continue;
     auto found = pools.get<ffi::AnyBuffer>((*next)++);
-    if (size % type->block || !found.has_value() || static_cast<int64_t>((*found)->size_bytes()) != slots * bytes[i])
-      return ffi::Error::InvalidArgument("arrays of the cache do not fit rows of " + std::to_string(size) +
-                                         " numbers of type " + std::string(name));
-    planes[i] = (*found)->untyped_data();
+    fits = found.has_value() && static_cast<int64_t>((*found)->size_bytes()) == slots * bytes[i];
+    if (fits) planes[i] = (*found)->untyped_data();
   }
+  if (!fits)
+    return ffi::Error::InvalidArgument("arrays of the cache do not fit rows of " + std::to_string(size) +
+                                       " numbers of type " + std::string(name));
   *out = {type, static_cast<int>(size), static_cast<int>(run), {planes[0], planes[1], planes[2], planes[3]}};
   return ffi::Error::Success();
 }
@@ -97,8 +100,8 @@ ffi::Error latent_append(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> kv, ffi::Bu
       rotate_pairs(raw + rank, cos.typed_data() + i * (rope / 2), sin.typed_data() + i * (rope / 2), rope / 2,
                    row.data() + rank);
       const int64_t place = page * page_size + slot % page_size;
-      targets[0].encode(row.data(), place);
-      targets[1].encode(row.data() + rank, place);
+      targets[0].take(row.data(), place);
+      targets[1].take(row.data() + rank, place);
     }
   });
   return ffi::Error::Success();

@@ -333,8 +333,6 @@ class MLAttention(nn.Module):
         return tap(self, "latent", latent_BTR, positions), tap(self, "k_rope", rope_BTP, positions)
 
     def _append(self, rows, raw, positions, slots):
-        rotations = dict(latent_rotation=self.run.latent_rotation, rope_rotation=self.run.rope_rotation)
-
         def default(rows, raw, positions, slots):
             latent_BTR, rope_BTP = self._finish(raw, positions)
             latent_BTR = rotate(latent_BTR, self.run.latent_rotation)
@@ -342,7 +340,8 @@ class MLAttention(nn.Module):
 
         def by_kernel(kernel, rows, raw, positions, slots):
             angles = rope_lib.cos_and_sin(positions, self._frequencies())
-            settings = dict(epsilon=self.config.norm_epsilon, **rotations)
+            rotations = dict(latent_rotation=self.run.latent_rotation, rope_rotation=self.run.rope_rotation)
+            settings = rotations | dict(epsilon=self.config.norm_epsilon)
             return rows.append_by(kernel, *raw, *angles, slots, **settings)
 
         ways = {}

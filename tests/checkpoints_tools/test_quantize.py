@@ -316,7 +316,8 @@ def test_totals(small, tmp_path):
     num_weights = sum(math.prod(info.shape) for info in file.tensors.values())
     assert sum(row.num_bytes(row.new) for row in chosen.rows) == num_bytes
     assert (
-        f"become {num_bytes:,}, 32.00 bits per weight become {8 * num_bytes / num_weights:.2f}" in chosen.summary()
+        f"become {num_bytes:,}, 32.00 bits per weight become {8 * num_bytes / num_weights:.2f}"
+        in chosen.summary()
     )
 
 

@@ -21,6 +21,8 @@ SIZES = {"no number": np.nan, "infinite": np.inf, "huge": -3e38, "beyond float16
 
 REFITTED = ("q6_0", "q4_0", "iq4_nl")  # whose scale is a ratio of sums, which XLA adds in an order of its own
 
+HALF, NONE = jnp.ones((B, T, 8)), jnp.zeros((0,), jnp.uint8)  # the angles of 16 numbers, and no plane
+
 each_type = pytest.mark.parametrize("name", CACHE_TYPES)
 
 
@@ -87,7 +89,8 @@ def _same_rows(found, wanted):
         return
     np.testing.assert_allclose(decoded, expected, rtol=2**-10, atol=1e-30)  # a unit in the scale's last place
     differ = (decoded != expected) & ~(np.isnan(decoded) & np.isnan(expected))
-    assert differ.reshape(*differ.shape[:-1], -1, 32).any(axis=-1).mean() < 2e-3
+    blocks = differ.reshape(*differ.shape[:-1], -1, 32).any(axis=-1)
+    assert blocks.sum() <= max(1, 2e-3 * blocks.size)
 
 
 def _check(kv, pages, slots, name, rope_name=None, rotation=None):
@@ -224,6 +227,10 @@ def test_the_model_appends_by_the_kernel(name, rotation):
         (dict(rope_rotation=-2), f"rows of {P} numbers have no runs of -2"),
         (dict(latent_type="f32"), f"do not fit rows of {R} numbers of type f32"),
         (dict(rope_type="q8_0"), f"do not fit rows of {P} numbers of type q8_0"),
+        (
+            dict(kv=jnp.ones((B, T, R + 16)), cos=HALF, sin=HALF, rope=(NONE,) * 4, rope_type="q4_0"),
+            "do not fit rows of 16 numbers of type q4_0",
+        ),
         (dict(rope=codec.parts(_garbage("q8_0", P, 4)), rope_type="q8_0"), f"do not fit rows of {P} numbers"),
         (dict(rope=codec.parts(_garbage("q8_0", P * 2, 11)), rope_type="f16"), "arrays that its types lack"),
     ],
