@@ -64,10 +64,10 @@ def views(
     parts = file.map_parts() if mapped else {}
     found = {info.name: parts[info.path][info.offset : info.offset + info.num_bytes] for info in mapped}
     rest = [info for info in arrays if info.name not in found]
-    share = f", more than {MOST_OF_MEMORY:.0%} of the {_gib(at_hand)} of memory at hand" if is_large else ""
+    share = f", more than {MOST_OF_MEMORY:.0%} of the {_told(at_hand)} of memory at hand" if is_large else ""
     text = (
-        f"tensors take {_gib(num_bytes)}{share}: {len(mapped)} of {len(mapped) + len(rest)} stay in the "
-        f"file, to be read when they are used, and {_gib(_size(rest))} is read now"
+        f"tensors take {_told(num_bytes)}{share}: {len(mapped)} of {len(mapped) + len(rest)} stay in the "
+        f"file, to be read when they are used, and {_told(_size(rest))} is read now"
     )
     if is_large and _size(rest) > at_hand:
         text += ", which is more than there is"
@@ -101,7 +101,7 @@ def _tell_misplaced(path: str, infos: list[TensorInfo]) -> None:
     if infos:
         command = f"mla-jax merge {shlex.quote(path)} OUT --alignment {BUFFER_ALIGNMENT}"
         text = (
-            f"{len(infos)} tensors of {_gib(_size(infos))} cannot be mapped, for they begin at no multiple "
+            f"{len(infos)} tensors of {_told(_size(infos))} cannot be mapped, for they begin at no multiple "
             f"of {BUFFER_ALIGNMENT} bytes; `{command}` writes a copy in which they do"
         )
         logging.info("%s: %s", path, text)
@@ -114,7 +114,7 @@ def _tell_speed(
     speed = _disk_speed(infos, found) if from_disk else None
     if speed is not None:
         text = (
-            f"a token uses {_gib(used)} of what is mapped, about {_gib(from_disk)} of it from a disk that "
+            f"a token uses {_told(used)} of what is mapped, about {_told(from_disk)} of it from a disk that "
             f"gave {speed / 1e9:.2f} GB/s just now: at most {speed / from_disk:.3g} tokens/s"
         )
         logging.info("%s: %s", path, text)
@@ -140,5 +140,5 @@ def _size(infos: Iterable[TensorInfo]) -> int:
     return sum(info.num_bytes for info in infos)
 
 
-def _gib(num_bytes: int) -> str:
+def _told(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"

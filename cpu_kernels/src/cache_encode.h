@@ -15,6 +15,7 @@ namespace MLA_ISA {
 using mla::CacheTarget;
 
 constexpr float kLargestHalf = 65504;
+constexpr float kLargest = 0x1p24f;  // numbers beyond are taken for it where codes have a scale
 
 // The nearest float16, ties to even, and the largest one for what lies beyond; a NaN stays one.
 inline uint16_t to_half(float x) {
@@ -67,7 +68,6 @@ inline void encode_bf16(const float* row, int size, int64_t place, const CacheTa
 }
 
 inline void encode_q8_0(const float* row, int size, int64_t place, const CacheTarget& target) {
-  constexpr float kLargest = 0x1p24f;  // numbers beyond are taken for it
   int8_t* codes = static_cast<int8_t*>(target.low) + place * size;
   uint16_t* scales = static_cast<uint16_t*>(target.scale) + place * (size / 32);
   for (int b = 0; b < size / 32; ++b) {

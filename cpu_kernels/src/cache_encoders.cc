@@ -15,7 +15,6 @@ namespace mla {
 namespace {
 
 constexpr int kBlock = 32, kMaxMoves = 1024;
-constexpr float kLargest = 0x1p24f;  // numbers beyond are taken for it
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kLevels[16] = {  // of iq4_nl, as signed numbers
     -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
@@ -132,7 +131,7 @@ bool read_block(const float* row, int count, float* x) {
   bool are_numbers = true;
   for (int i = 0; i < count; ++i) {
     are_numbers &= row[i] == row[i];
-    x[i] = std::clamp(row[i], -kLargest, kLargest);
+    x[i] = std::clamp(row[i], -plain::kLargest, plain::kLargest);
   }
   return are_numbers;
 }
