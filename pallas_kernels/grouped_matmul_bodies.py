@@ -109,7 +109,8 @@ def _start(index, tile: int, size: int):
 def _expert_and_steps(expert, plan):
     """Returns an expert that exists, and no steps for a tile of none: its sums stay 0."""
     is_one = (expert >= 0) & (expert < plan.num_experts)
-    return jnp.where(is_one, expert, 0), jnp.where(is_one, plan.num_steps, 0)
+    num_steps = jnp.where(is_one, jnp.int32(plan.num_steps), 0)  # Pallas makes two plain numbers booleans
+    return jnp.where(is_one, expert, 0), num_steps
 
 
 def _without_overlap(x, step, start, plan):
