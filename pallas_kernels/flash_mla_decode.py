@@ -47,7 +47,7 @@ class Config:
 
     @classmethod
     def for_shapes(cls, *, batch: int, pairs: int, slots: int, latent_type: str, shared_memory: int):
-        """Returns tile sizes that compile without spilling registers, and splits that fill the GPU.
+        """Returns tile sizes that fit the shared memory, and splits that fill the GPU.
 
         Args:
           batch: B.
@@ -57,13 +57,13 @@ class Config:
           shared_memory: bytes that a program may take.
         """
         bits = cache_tiles.TYPES[latent_type].low_bits
-        is_large = pairs >= 64 and shared_memory >= _LARGE_TILES
         if bits == 32:
             config = cls(slots=16)
-        elif bits == 16:
-            config = cls(pairs=64, num_warps=8, num_stages=4) if is_large else cls(num_stages=3)
+        elif pairs >= 64 and shared_memory >= _LARGE_TILES:
+            tiles = dict(num_stages=4) if bits > 4 else dict(slots=64)
+            config = cls(pairs=64, num_warps=8, **tiles)
         else:
-            config = cls(pairs=64, slots=64, num_warps=8) if is_large else cls(prefetch=True)
+            config = cls(num_stages=3) if bits == 16 else cls(prefetch=True)
         programs = batch * pl.cdiv(pairs, config.pairs)
         splits = min(pl.cdiv(_PROGRAMS, programs), pl.cdiv(slots, _SPLIT_SLOTS))
         return dataclasses.replace(config, splits=splits)
