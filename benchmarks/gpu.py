@@ -5,8 +5,9 @@
 
 First come the ceilings: the bandwidth of a large copy, bytes read and written, and the speed of a large
 product in bfloat16. Then prefill is measured over prompt x heads, the experts of a layer (gate, up and down)
-over model x tokens x format, and decode over batch x context x heads x type of the cache. Bytes and FLOPs are
-those of the `cost` of each op, what must be read and computed at least; the peers are told by the same:
+over model x tokens x format, the decoding of 32 tokens by a whole model with random weights over context x
+type of the cache, and decode attention over batch x context x heads x type of the cache. Bytes and FLOPs are
+what must be read and computed at least, by the `cost` of each op; the peers are told by the same:
 
 XLA reference  the reference that defines the op, as XLA compiles it
 expand to f16  decode: the whole cache is written to memory as float16, then attended to, as ik_llama.cpp does
@@ -22,13 +23,14 @@ grid takes longer than ten minutes, so give one of the `--parts` at a time, `--n
 
 Bars are checked where they apply: decode of at least 256k cached tokens with 16 heads >= 75% (float16 and
 bfloat16), 55% (q8_0), 40% (q4_0) of the copy, with 128 heads >= 300 TFLOP/s, quantised 230; decode ahead of
-"expand to f16"; prefill >= 350 TFLOP/s; experts of one token >= 60% of the copy.
+"expand to f16"; prefill >= 350 TFLOP/s; experts of one token and a whole model >= 60% of the copy.
 
 Prints a table, and as its last line one JSON object. Without a GPU it ends with code 2, unless an
 `--implementation` says how to compute anyway, which is for trying the command out at small sizes.
 """
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -40,11 +42,12 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_cases, gpu_measure, machine  # noqa: E402
-from mla_jax import quant  # noqa: E402
+from benchmarks import gpu_cases, gpu_measure, gpu_model_cases, machine  # noqa: E402
+from checkpoints_tools.plan import is_preset  # noqa: E402
+from mla_jax import presets, quant  # noqa: E402
 from pallas_kernels import cache_tiles, dispatch, weight_tiles  # noqa: E402
 
-PARTS = ("decode", "prefill", "experts")
+PARTS = ("decode", "prefill", "experts", "model")
 FORMATS = sorted(
     name for name in weight_tiles.LAYOUTS if name in quant.FORMATS and not quant.FORMATS[name].header_bytes
 )
@@ -59,6 +62,9 @@ _MODELS = flags.DEFINE_list("models", list(gpu_cases.EXPERTS), "experts: models 
 _SHAPE = flags.DEFINE_list("expert_shape", None, "experts: D,F,E,K in place of those of --models.")
 _TOKENS = flags.DEFINE_list("tokens", ["1", "512"], "experts: tokens at once; 1 decodes.")
 _FORMATS = flags.DEFINE_list("formats", ["q8_0", "q4_K"], "experts: formats of the weights.")
+_WHOLE_MODELS = flags.DEFINE_list(
+    "whole_models", ["deepseek-v2-lite"], "model: GGUF files, or presets in the first format."
+)
 _PEERS = flags.DEFINE_bool("peers", True, "measure the peers too.")
 _IMPLEMENTATION = flags.DEFINE_string("implementation", None, f"of the kernels, one of {dispatch.NAMES}.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "runs, after one that warms up.", lower_bound=1)
@@ -85,6 +91,11 @@ def _cases(implementation) -> Iterator[gpu_cases.Case]:
             shapes = {"x".join(_SHAPE.value): tuple(_numbers("expert_shape", _SHAPE.value))}
         tokens = _numbers("tokens", _TOKENS.value)
         yield from gpu_cases.expert_cases(shapes, tokens, _FORMATS.value, implementation=implementation)
+    if "model" in _PARTS.value:
+        settings = dict(kernels=implementation == "triton")
+        contexts = _numbers("contexts", _CONTEXTS.value)
+        sizes = _WHOLE_MODELS.value, _FORMATS.value[:1], contexts, _CACHE_TYPES.value
+        yield from gpu_model_cases.model_cases(*sizes, **settings)
     if "decode" in _PARTS.value:
         sizes = _numbers("batches", _BATCHES.value), _numbers("contexts", _CONTEXTS.value), heads
         settings = dict(implementation=implementation, cold_bytes=_COLD_MIB.value << 20)
@@ -105,6 +116,10 @@ def _check_flags():
         for value in flag.value:
             if value not in known:
                 raise app.UsageError(f"--{name} must be of {', '.join(known)}, got {value!r}.")
+    for model in _WHOLE_MODELS.value:
+        if not is_preset(model) and not os.path.isfile(model):
+            known = ", ".join(presets.PRESETS)
+            raise app.UsageError(f"--whole_models must be GGUF files or of {known}, got {model!r}.")
     if _IMPLEMENTATION.value not in (None, *dispatch.NAMES):
         raise app.UsageError(f"--implementation must be of {dispatch.NAMES}, got {_IMPLEMENTATION.value!r}.")
     if _SHAPE.value and len(_SHAPE.value) != 4:

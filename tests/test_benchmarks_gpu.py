@@ -1,5 +1,6 @@
 """The GPU benchmark at sizes of a CPU: what it times, what its peers compute, how it judges and ends."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import synthetic
 from jax.experimental import pallas as pl
 
 from benchmarks import gpu_cases, gpu_measure
 from benchmarks.gpu_cases import CUDNN, EXPANDED, OURS, REFERENCE, Bar, Case, Way
+from checkpoints_tools.gguf_file import open_gguf
 
 SCRIPT = pathlib.Path(gpu_cases.__file__).with_name("gpu.py")
 CEILINGS = gpu_measure.Ceilings(copy=1e9, product=1e12)
@@ -35,6 +38,9 @@ def test_without_a_gpu_it_ends_with_a_sentence():
 def test_command(tmp_path):
     out = tmp_path / "gpu.json"
     sizes = "--batches 2 --contexts 80 --heads 16 --cache_types q4_0 --queries 40 --tokens 1 --formats q4_K"
+    model = tmp_path / "model.gguf"
+    synthetic.write_deepseek2(model, weight_type="Q8_0", sizes=dict(kv_lora=64, rope=32))
+    sizes += f" --whole_models {model}"
     counts = "--expert_shape 256,64,4,2 --calls 2 --repeats 3 --copy_mib 0.1 --product 64 --cold_mib 1"
     done = _run("--implementation", "reference", *sizes.split(), *counts.split(), f"--out={out}")
     assert done.returncode == 0, done.stderr
@@ -45,14 +51,27 @@ def test_command(tmp_path):
     assert result["copy_gb_per_second"] > 0 and result["product_tflops"] > 0
     rows = {row["part"]: row for row in result["rows"]}
     assert {part: list(row["ways"]) for part, row in rows.items()} == dict(
-        prefill=[OURS, REFERENCE, CUDNN], experts=[OURS, REFERENCE], decode=[OURS, REFERENCE, EXPANDED]
+        prefill=[OURS, REFERENCE, CUDNN],
+        experts=[OURS, REFERENCE],
+        model=[OURS],
+        decode=[OURS, REFERENCE, EXPANDED],
     )
     assert "cuDNN" in rows["prefill"]["ways"][CUDNN].pop("skipped")
     assert rows["experts"]["sizes"] == dict(model="256x64x4x2", tokens=1, format="q4_K", down="q8_0")
+    assert rows["model"]["bytes"] == 32 * (_bytes_of_a_token(model) + 80 * 3 * (64 + 32) * 18 / 32)
     for row in rows.values():
         for way in filter(None, row["ways"].values()):
             assert len(way["runs"]) == 3 and way["seconds"] == sorted(way["runs"])[1]
-    assert len(done.stdout.splitlines()) == 2 + 8 + 1
+    assert len(done.stdout.splitlines()) == 2 + 9 + 1
+
+
+def _bytes_of_a_token(path):
+    """Returns those of the weights that one token is multiplied with: its experts, and no embedding."""
+    file = open_gguf(path)
+    sizes = {name: info.num_bytes for name, info in file.tensors.items()}
+    used, count = (file.metadata[f"deepseek2.expert_{word}count"] for word in ("used_", ""))
+    share = lambda name: used / count if "_exps." in name else name != "token_embd.weight"
+    return sum(size * share(name) for name, size in sizes.items())
 
 
 @pytest.mark.parametrize(
@@ -243,3 +262,35 @@ def test_a_pool_of_codes_has_a_size_that_the_kernel_can_address():
     (case,) = gpu_cases.decode_cases([128], [65536], [16], ["q8_0"], implementation="triton")
     latent = jax.eval_shape(case.operands)[2]
     assert latent[0].size > 2**32
+
+
+def _compile(*arguments):
+    script = SCRIPT.with_name("gpu_compile.py")
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+
+
+def _has_plugin():
+    try:
+        return importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(_has_plugin(), reason="the CUDA plugin of JAX is here")
+def test_without_a_compiler_for_gpus_it_ends_with_a_sentence():
+    done = _compile()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "jax-cuda12-plugin and jax-cuda12-pjrt must be installed" in done.stderr
+
+
+@pytest.mark.skipif(not _has_plugin(), reason="needs jax-cuda12-plugin and jax-cuda12-pjrt")
+def test_kernels_compile_for_gpus_that_are_not_here():
+    few = "--models deepseek-v3 --cache_types q8_0,q4_0 --formats q4_K --nosteps"
+    done = _compile(*few.split())
+    assert done.returncode == 0, done.stdout[-2000:]
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert {row["gpu"] for row in rows} == {"h200", "a100", "rtx4090"}
+    limits = dict(h200=227, a100=163, rtx4090=99)
+    for row in rows:
+        assert row["kernels"] and "error" not in row
+        assert max(kernel["shared_memory"] for kernel in row["kernels"]) <= limits[row["gpu"]] << 10
