@@ -9,7 +9,8 @@ import pytest
 
 from mla_jax import quant, sampler, steps
 from mla_jax.cache import PageTable, init_cache, init_pool
-from mla_jax.config import MLAConfig, ModelConfig, RunConfig
+from mla_jax.config import MLAConfig, ModelConfig, MoEConfig, RunConfig
+from mla_jax.nn import transformer
 from mla_jax.nn.transformer import apply, init_params
 
 CONFIG = ModelConfig(
@@ -232,3 +233,22 @@ def test_4096_tokens_are_decoded_without_compiling_again(params):
     assert compilations == []
     np.testing.assert_array_equal(cache.length, [4096, 4096])
     assert len({int(row[0]) for row in seen}) > 8
+
+
+def test_layers_that_are_alike_are_traced_once(monkeypatch):
+    traced, of_layer = [], transformer.Layer.attend
+
+    def attend(layer, *args):
+        traced.append(layer.is_dense)
+        return of_layer(layer, *args)
+
+    monkeypatch.setattr(transformer.Layer, "attend", attend)
+    moe = MoEConfig(
+        num_experts=4, num_experts_per_token=2, expert_hidden_dim=8, num_shared_experts=1, gating="softmax"
+    )
+    config = dataclasses.replace(CONFIG, num_layers=6, num_dense_layers=2, moe=moe)
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    assert sorted(traced) == [False] * 4 + [True] * 2  # each draws its own
+    traced.clear()
+    jax.eval_shape(lambda params: apply(params, TOKENS, None, config, RUN), shapes)
+    assert sorted(traced) == [False, True]

@@ -78,6 +78,8 @@ class Transformer(nn.Module):
         vocab_size = self.run.sizes(config).vocab_size
         self.embed = Embedding(vocab_size, config.embed_dim, self.run.shard)
         layer = nn.remat(Layer) if self.run.remat else Layer
+        if self.run.taps is None and not self.is_initializing():  # both go by the names of layers
+            layer = nn.jit(layer)  # so that those that are alike are traced once
         self.layers = [layer(config, self.run, config.is_dense(i)) for i in range(config.num_layers)]
         self.output_norm = RMSNorm(config.norm_epsilon)
         self.output = Linear(vocab_size)
