@@ -256,7 +256,8 @@ def _products(weights):
 
 
 def _product_case(num_tiles, tokens, rows, columns, format, num_weights, *, implementation):
-    heuristic = grouped_matmul_bodies.Config.for_shape(tokens, format, num_weights)
+    sizes = tokens, format, num_weights, dispatch.shared_memory()
+    heuristic = grouped_matmul_bodies.Config.for_shape(*sizes)
 
     def operands():
         kind = quant.FORMATS[format]

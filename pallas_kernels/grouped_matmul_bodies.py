@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import tuning, weight_tiles
+from pallas_kernels import dispatch, tuning, weight_tiles
 
 LEAST = 16  # rows, columns and depth of a product of tensor cores
+
+_WIDE_TILES = 110 << 10  # bytes of shared memory that tiles of 128 by 128 take in flight, of any format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +43,11 @@ class Config:
                 raise ValueError(f"{field.name} must be a power of two, got {value}.")
 
     @classmethod
-    def for_shape(cls, tokens: int, format: str, num_weights: int = 1) -> "Config":
+    def for_shape(cls, tokens: int, format: str, num_weights: int, shared_memory: int) -> "Config":
         """Returns tile sizes for `tokens` rows of x in a tile, against `num_weights` weights at once.
 
-        Matrix-vector products want many programs and 16-byte loads in flight; the others 128 columns a step
-        and accumulators that fit the registers of their warps.
+        Matrix-vector products want many programs and 16-byte loads in flight; the others 128 columns a step,
+        accumulators that fit the registers of their warps and buffers that fit `shared_memory` bytes.
         """
         planes = weight_tiles.layout(format).planes
         if tokens == 1:
@@ -54,6 +56,8 @@ class Config:
         rows = (128 if tokens >= 64 else 64) // num_weights
         words = min(64, 128 // planes)
         wide = tokens * rows * num_weights >= 128 * 128
+        if wide and shared_memory < _WIDE_TILES:
+            rows //= 2
         return cls(tokens=tokens, rows=rows, words=words, num_warps=8 if wide else 4, num_stages=3)
 
 
@@ -208,7 +212,7 @@ def plan_for(num_tokens, weights, format, is_gated, config):
         sources.append((0, num_rows))
     sizes = dict(tokens=num_tokens, rows=num_rows, columns=num_words * kind.planes, format=format)
     config = config or tuning.measured(Config, "grouped_matmul", **sizes, weights=len(sources))
-    config = config or Config.for_shape(num_tokens, format, len(sources))
+    config = config or Config.for_shape(num_tokens, format, len(sources), dispatch.shared_memory())
     least, tokens = (1, 1) if num_tokens == 1 else (LEAST, _largest_power_dividing(padded(num_tokens)))
     config = dataclasses.replace(
         config,
