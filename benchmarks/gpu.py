@@ -26,7 +26,8 @@ bfloat16), 55% (q8_0), 40% (q4_0) of the copy, with 128 heads >= 300 TFLOP/s, qu
 "expand to f16"; prefill >= 350 TFLOP/s; experts of one token and a whole model >= 60% of the copy.
 
 Prints a table, and as its last line one JSON object. Without a GPU it ends with code 2, unless an
-`--implementation` says how to compute anyway, which is for trying the command out at small sizes.
+`--implementation` says how to compute anyway, which is for trying the command out at small sizes; a whole
+model runs by the kernels or by XLA.
 """
 
 import json
@@ -54,14 +55,14 @@ FORMATS = sorted(
 
 _PARTS = flags.DEFINE_list("parts", list(PARTS), "parts to measure.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "16", "128"], "decode: sequences.")
-_CONTEXTS = flags.DEFINE_list("contexts", ["1024", "8192", "65536"], "decode: cached tokens of a sequence.")
+_CONTEXTS = flags.DEFINE_list("contexts", ["1024", "8192", "65536"], "decode and model: cached tokens.")
 _HEADS = flags.DEFINE_list("heads", ["16", "128"], "decode and prefill: query heads.")
-_CACHE_TYPES = flags.DEFINE_list("cache_types", ["bf16", "q8_0", "q4_0"], "decode: types of the cache.")
+_CACHE_TYPES = flags.DEFINE_list("cache_types", ["bf16", "q8_0", "q4_0"], "decode and model: of the cache.")
 _QUERIES = flags.DEFINE_list("queries", ["2048", "8192", "32768"], "prefill: tokens of a prompt.")
 _MODELS = flags.DEFINE_list("models", list(gpu_cases.EXPERTS), "experts: models with their shapes.")
 _SHAPE = flags.DEFINE_list("expert_shape", None, "experts: D,F,E,K in place of those of --models.")
 _TOKENS = flags.DEFINE_list("tokens", ["1", "512"], "experts: tokens at once; 1 decodes.")
-_FORMATS = flags.DEFINE_list("formats", ["q8_0", "q4_K"], "experts: formats of the weights.")
+_FORMATS = flags.DEFINE_list("formats", ["q8_0", "q4_K"], "experts: of the weights; model: the first.")
 _WHOLE_MODELS = flags.DEFINE_list(
     "whole_models", ["deepseek-v2-lite"], "model: GGUF files, or presets in the first format."
 )
@@ -92,10 +93,9 @@ def _cases(implementation) -> Iterator[gpu_cases.Case]:
         tokens = _numbers("tokens", _TOKENS.value)
         yield from gpu_cases.expert_cases(shapes, tokens, _FORMATS.value, implementation=implementation)
     if "model" in _PARTS.value:
-        settings = dict(kernels=implementation == "triton")
         contexts = _numbers("contexts", _CONTEXTS.value)
         sizes = _WHOLE_MODELS.value, _FORMATS.value[:1], contexts, _CACHE_TYPES.value
-        yield from gpu_model_cases.model_cases(*sizes, **settings)
+        yield from gpu_model_cases.model_cases(*sizes, kernels=implementation == "triton")
     if "decode" in _PARTS.value:
         sizes = _numbers("batches", _BATCHES.value), _numbers("contexts", _CONTEXTS.value), heads
         settings = dict(implementation=implementation, cold_bytes=_COLD_MIB.value << 20)

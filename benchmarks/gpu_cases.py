@@ -69,7 +69,7 @@ class Case:
     """Sizes at which ways are compared.
 
     Attributes:
-      part: "decode", "prefill" or "experts".
+      part: "decode", "prefill", "experts" or "model".
       sizes: what tells it from the others of its part.
       cost: of one call, whatever the way.
       operands: draws them.

@@ -60,6 +60,8 @@ class GPU:
     name: str
     capability: tuple[int, int]
     multiprocessors: int
+    threads: int  # of a multiprocessor
+    float_units: int  # of a multiprocessor
     shared_memory: int  # of a program at most
     shared_memory_of_all: int  # of a multiprocessor
     memory: int
@@ -80,14 +82,15 @@ class GPU:
         return f"""
             gpu_device_info {{
               cuda_compute_capability {{ major: {major} minor: {minor} {extension} }}
-              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {self.threads}
               thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
               block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
               registers_per_core_limit: 65536 registers_per_block_limit: 65536
               shared_memory_per_block: 49152 shared_memory_per_core: {self.shared_memory_of_all}
               shared_memory_per_block_optin: {self.shared_memory}
-              core_count: {self.multiprocessors} fpus_per_core: 128 clock_rate_ghz: {self.gigahertz}
-              memory_bandwidth: {self.bandwidth} l2_cache_size: {self.l2} device_memory_size: {self.memory}
+              core_count: {self.multiprocessors} fpus_per_core: {self.float_units}
+              clock_rate_ghz: {self.gigahertz} memory_bandwidth: {self.bandwidth}
+              l2_cache_size: {self.l2} device_memory_size: {self.memory}
               device_vendor: "NVIDIA Corporation" name: "{self.name}"
               driver_version: "13.0.0" runtime_version: "12.8.0" dnn_version: "9.10.0"
             }}
@@ -101,6 +104,8 @@ GPUS = {
         name="NVIDIA H200",
         capability=(9, 0),
         multiprocessors=132,
+        threads=2048,
+        float_units=128,
         shared_memory=227 << 10,
         shared_memory_of_all=228 << 10,
         memory=141 * 10**9,
@@ -112,6 +117,8 @@ GPUS = {
         name="NVIDIA A100-SXM4-80GB",
         capability=(8, 0),
         multiprocessors=108,
+        threads=2048,
+        float_units=64,
         shared_memory=163 << 10,
         shared_memory_of_all=164 << 10,
         memory=80 * 10**9,
@@ -123,6 +130,8 @@ GPUS = {
         name="NVIDIA GeForce RTX 4090",
         capability=(8, 9),
         multiprocessors=128,
+        threads=1536,
+        float_units=128,
         shared_memory=99 << 10,
         shared_memory_of_all=100 << 10,
         memory=24 * 10**9,
@@ -146,9 +155,9 @@ Case = tuple[dict, Callable, tuple, dict[str, Any]]  # what it is, a function, i
 
 
 def _is_there() -> bool:
-    """Whether the CUDA plugin of JAX is installed."""
+    """Whether both packages of the CUDA plugin of JAX are installed."""
     try:
-        return importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
+        return all(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_plugins.xla_cuda12")))
     except ModuleNotFoundError:
         return False
 
@@ -206,8 +215,7 @@ def _compile(gpu: GPU, device, function, args, how) -> list[dict]:
     """Returns what is told of the kernels of a function, compiled."""
     placed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))
     jitted = function if hasattr(function, "trace") else jax.jit(function)
-    with jax.default_matmul_precision("default"):
-        traced = jitted.trace(*jax.tree.map(placed, args), **how)
+    traced = jitted.trace(*jax.tree.map(placed, args), **how)
     folder = pathlib.Path(_DUMP.name)
     shutil.rmtree(folder)
     folder.mkdir()
@@ -217,10 +225,10 @@ def _compile(gpu: GPU, device, function, args, how) -> list[dict]:
     found = []
     for path in sorted(folder.glob("*.ptx")):
         for name in re.findall(r"\.entry (\S+?)\(", path.read_text()):
-            one = dict(name=re.sub(r"__\d+$", "", name), shared_memory=int(shared.get(name, 0)))
-            if name.startswith(_KERNELS) and (one := one | _registers(gpu, path)) not in found:
-                found.append(one)
-    return found
+            if name.startswith(_KERNELS):
+                one = dict(name=re.sub(r"__\d+$", "", name), shared_memory=int(shared[name]))
+                found.append(one | _registers(gpu, path))
+    return [kernel for i, kernel in enumerate(found) if kernel not in found[:i]]
 
 
 def _registers(gpu, path) -> dict:
@@ -267,7 +275,7 @@ def main(argv):
             if value not in choices:
                 raise app.UsageError(f"--{flag} must be of {', '.join(choices)}, got {value!r}.")
     if not _is_there():
-        print("jax-cuda12-plugin and jax-cuda12-pjrt must be installed, got neither.", file=sys.stderr)
+        print("jax-cuda12-plugin and jax-cuda12-pjrt must both be installed.", file=sys.stderr)
         sys.exit(2)
     versions = machine.about("benchmarks/gpu_compile.py", sys.argv[1:], ["jax", "jaxlib", "jax-cuda12-pjrt"])
     result = versions | dict(rows=[])

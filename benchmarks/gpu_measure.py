@@ -148,7 +148,7 @@ def _judge(bar, ways, ceilings):
 def head() -> str:
     """Returns the first line of the table."""
     figures = f"{'us':>11} {'GB/s':>8} {'TFLOP/s':>8} {'share':>6} {'bound':8} bar"
-    return f"{'part':8} {'sizes':22} {'way':14} {figures}"
+    return f"{'part':8} {'sizes':32} {'way':14} {figures}"
 
 
 def lines(row: dict) -> Iterator[str]:
@@ -156,7 +156,7 @@ def lines(row: dict) -> Iterator[str]:
     sizes = " ".join(str(size) for size in row["sizes"].values())
     ours = row["ways"][OURS].get("seconds")
     for name, way in row["ways"].items():
-        place = f"{row['part']:8} {sizes:22} {name:14}"
+        place = f"{row['part']:8} {sizes:32} {name:14}"
         if "skipped" in way:
             yield f"{place} {way['skipped']}"
             continue

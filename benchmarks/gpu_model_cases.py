@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from benchmarks.gpu_cases import OURS, Bar, Case, Way
 from checkpoints_tools import names, place_sizes
+from checkpoints_tools.plan import is_preset
 from mla_jax import cache as cache_lib
 from mla_jax import presets, sampler, steps
 from mla_jax.cache import PAGE_SIZE, init_pool
@@ -40,8 +41,9 @@ class Shapes:
 
 
 def shapes_of(model: str, format: str, run: RunConfig, num_layers: int | None = None) -> Shapes:
-    """Returns a GGUF file, or a preset with weights of a format, of which the first layers; None: all."""
-    contents = place_sizes.read_contents(model, format)
+    """Returns the shapes of a GGUF file, or of a preset with weights of a format; of its first layers."""
+    kind = dict(type=format) if is_preset(model) else {}
+    contents = place_sizes.read_contents(model, **kind)
     count = num_layers or contents.config.num_layers
     config = dataclasses.replace(contents.config, num_layers=count)
     is_in = lambda name: not name.startswith("blk.") or int(name.split(".")[1]) < count
@@ -85,9 +87,10 @@ def model_cases(
       types: of the cache.
       kernels: whether the kernels compute; False leaves the steps to XLA.
     """
-    for model, format, S, name in itertools.product(models, formats, contexts, types):
+    for model, S, name in itertools.product(models, contexts, types):
         run = RunConfig(cache_type=name, gpu_kernels=kernels)
-        yield _case(model, format, S, shapes_of(model, format, run))
+        for format in formats if is_preset(model) else ("file",):
+            yield _case(model, format, S, shapes_of(model, format, run))
 
 
 def _case(model, format, S, shapes):

@@ -161,7 +161,8 @@ def apply(
     pages: jax.Array | None = None,
     reduction: ExpertReduction | None = None,
 ):
-    """Runs the model: the function that everything else calls. Use it under jit and vmap.
+    """Runs the model: the function that everything else calls. Use it under jit and vmap;
+    outside of jit each call compiles its layers anew.
 
     Under grad use it without a cache: the loop over a cache has no reverse mode. Weights in arrays and what
     adapters add have a gradient, weights in blocks are held fixed.

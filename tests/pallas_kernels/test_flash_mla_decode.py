@@ -221,6 +221,17 @@ def test_config_fills_the_gpu(sizes, pairs, splits):
     assert (config.pairs, config.splits) == (pairs, splits)
 
 
+@pytest.mark.parametrize(
+    ("latent_type", "slots", "num_stages"),
+    [("bf16", 32, 4), ("q8_0", 32, 4), ("fp8_e4m3", 32, 4), ("q4_0", 64, 2)],
+)
+def test_large_tiles_are_those_that_compile(latent_type, slots, num_stages):
+    """Compiled by benchmarks/gpu_compile.py: 64 slots of one byte do not fit an H200."""
+    sizes = dict(batch=1, pairs=128, slots=65536, shared_memory=227 << 10)
+    config = op.Config.for_shapes(latent_type=latent_type, **sizes)
+    assert (config.pairs, config.slots, config.num_stages) == (64, slots, num_stages)
+
+
 def test_cost_counts_the_arrays():
     arrays = _arrays("q4_0", 16)
     cost = op.cost(

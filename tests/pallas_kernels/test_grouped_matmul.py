@@ -11,6 +11,7 @@ import pytest
 
 from mla_jax import quant
 from pallas_kernels import grouped_matmul as op
+from pallas_kernels import grouped_matmul_bodies as bodies
 from pallas_kernels import weight_tiles
 
 PLAIN = {"f16": jnp.float16, "bf16": jnp.bfloat16}
@@ -258,6 +259,14 @@ def test_lowers_for_a_gpu(name, sizes, num_tokens):
     assert "__gpu$xla.gpu.triton" in text
     gated = functools.partial(op.grouped_gated, formats=(name, name))
     assert gpu_target.lowered_for_gpu(gated, x, weight, weight, ids).count("__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize(("shared_memory", "rows"), [(227, (128, 64)), (163, (128, 64)), (99, (64, 32))])
+def test_wide_tiles_fit_the_shared_memory(shared_memory, rows):
+    """Compiled by benchmarks/gpu_compile.py: three buffers of 128 rows do not fit an RTX 4090."""
+    for num_weights in (1, 2):
+        config = bodies.Config.for_shape(512, "iq4_xs", num_weights, shared_memory << 10)
+        assert (config.tokens, config.rows) == (128, rows[num_weights - 1])
 
 
 def test_cpu_takes_the_reference():
