@@ -14,6 +14,7 @@ Prints a line for each case, and as its last line one JSON object; `--out` is wr
 with code 1 if anything did not compile.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -211,28 +212,40 @@ def _step_cases() -> Iterator[Case]:
         yield dict(op="decode step", **told), steps.decode, (*decode, settings), how
 
 
+def _target(gpu):
+    """Tells JAX from 0.11 on for which GPU it lowers."""
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+    device = AbstractDevice(device_kind=gpu.name, num_cores=None, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device))
+
+
 def _compile(gpu: GPU, device, function, args, how) -> list[dict]:
     """Returns what is told of the kernels of a function, compiled."""
     placed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))
     jitted = function if hasattr(function, "trace") else jax.jit(function)
-    traced = jitted.trace(*jax.tree.map(placed, args), **how)
+    with _target(gpu):
+        traced = jitted.trace(*jax.tree.map(placed, args), **how)
     folder = pathlib.Path(_DUMP.name)
     shutil.rmtree(folder)
     folder.mkdir()
-    traced.lower(lowering_platforms=("cuda",)).compile()
-    order = "".join(path.read_text() for path in folder.glob("*thunk_sequence.txt"))
-    shared = dict(re.findall(r"(\S+) grid: .*shared_memory: (\d+)", order))
+    with _target(gpu):
+        traced.lower(lowering_platforms=("cuda",)).compile()
+    calls = "".join(path.read_text() for path in folder.glob("*thunk_sequence.txt"))
+    texts = {path: path.read_text() for path in folder.glob("*.ptx")}  # XLA of JAX 0.11 writes none
+    paths = {name: path for path, text in texts.items() for name in re.findall(r"\.entry (\S+?)\(", text)}
     found = []
-    for path in sorted(folder.glob("*.ptx")):
-        for name in re.findall(r"\.entry (\S+?)\(", path.read_text()):
-            if name.startswith(_KERNELS):
-                one = dict(name=re.sub(r"__\d+$", "", name), shared_memory=int(shared[name]))
-                found.append(one | _registers(gpu, path))
+    for name, size in sorted(set(re.findall(r"(\S+) grid: .*shared_memory: (\d+)", calls))):
+        if name.startswith(_KERNELS):
+            one = dict(name=re.sub(r"__\d+$", "", name), shared_memory=int(size))
+            found.append(one | _registers(gpu, paths.get(name)))
     return [kernel for i, kernel in enumerate(found) if kernel not in found[:i]]
 
 
 def _registers(gpu, path) -> dict:
-    if not _PTXAS.value:
+    if not _PTXAS.value or not path:
         return {}
     command = [_PTXAS.value, f"-arch={gpu.arch}", "-v", path, "-o", os.devnull]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
