@@ -78,7 +78,7 @@ def _bytes_of_a_token(path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--parts", "decode,train"], "--parts must be of decode, prefill, experts, got 'train'."),
+        (["--parts", "decode,train"], "--parts must be of decode, prefill, experts, model, got 'train'."),
         (["--heads", "16,x"], "--heads must be whole numbers from 1 on, got 'x'."),
     ],
     ids=["parts", "heads"],
