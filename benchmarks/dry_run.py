@@ -68,10 +68,8 @@ def abstract(name: str, type: str, axes: dict[str, int], run: RunConfig, layers:
       run: how it is run.
       layers: how many of them; None for all.
     """
-    contents = place_sizes.read_contents(name, type)
-    config = dataclasses.replace(contents.config, num_layers=layers or contents.config.num_layers)
-    is_in = lambda key: not key.startswith("blk.") or int(key.split(".")[1]) < config.num_layers
-    params = names.unflatten({key: value for key, value in contents.tensors.items() if is_in(key)})
+    contents = place_sizes.read_contents(name, type).first_layers(layers)
+    config, params = contents.config, names.unflatten(contents.tensors)
     weights = sharding.describe(params)
     shard = sharding.make_shard(config, weights, **axes)
     run = dataclasses.replace(run, shard=shard)

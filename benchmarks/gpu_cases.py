@@ -95,7 +95,7 @@ def _bytes(*shape, size):
     return math.prod(shape) * size
 
 
-def _fill(key, shape, dtype):
+def fill(key, shape, dtype):
     """Returns random bits, or numbers that are small enough for any of them to scale others."""
     if jnp.issubdtype(dtype, jnp.floating):
         return (jax.random.uniform(key, shape, jnp.float32, 0.5, 1.5) / 128).astype(dtype)
@@ -191,16 +191,16 @@ def _part(key, shape, name):
     """Returns random rows of a type of cache, as `cache_tiles` lays them out."""
     kind, (*lead, size) = cache_tiles.TYPES[name], shape
     keys, none = jax.random.split(key, 4), jnp.zeros((0,), jnp.uint8)
-    fill = lambda i, width, dtype: _fill(keys[i], (*lead, width), dtype)
+    draw = lambda i, width, dtype: fill(keys[i], (*lead, width), dtype)
     if kind.scale_dtype is None:
         dtype = jnp.float8_e4m3fn if kind.low_bits == 8 else kind.product_dtype
-        return fill(0, size, dtype), none, none, none
+        return draw(0, size, dtype), none, none, none
     blocks = size // (kind.block or size)
     return (
-        fill(0, size * kind.low_bits // 8, jnp.int8 if kind.low_bits == 8 else jnp.uint8),
-        fill(1, size * kind.high_bits // 8, jnp.uint8) if kind.high_bits else none,
-        fill(2, blocks, kind.scale_dtype),
-        fill(3, blocks, kind.scale_dtype) if kind.has_offset else none,
+        draw(0, size * kind.low_bits // 8, jnp.int8 if kind.low_bits == 8 else jnp.uint8),
+        draw(1, size * kind.high_bits // 8, jnp.uint8) if kind.high_bits else none,
+        draw(2, blocks, kind.scale_dtype),
+        draw(3, blocks, kind.scale_dtype) if kind.has_offset else none,
     )
 
 
@@ -373,4 +373,4 @@ def _weight(key, shape, format):
     )
     arrays = jax.eval_shape(functools.partial(weight_tiles.repack, header=None, format=format), blocks)
     keys = jax.random.split(key, len(arrays))
-    return tuple(_fill(key, array.shape, array.dtype) for key, array in zip(keys, arrays, strict=True))
+    return tuple(fill(key, array.shape, array.dtype) for key, array in zip(keys, arrays, strict=True))

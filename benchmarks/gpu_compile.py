@@ -14,10 +14,8 @@ Prints a line for each case, and as its last line one JSON object; `--out` is wr
 with code 1 if anything did not compile.
 """
 
-import contextlib
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -45,7 +43,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
-from benchmarks import gpu_model_cases, machine  # noqa: E402
+from benchmarks import abstract_gpu, gpu_model_cases, machine  # noqa: E402
 from mla_jax import autotune_cases, presets, steps  # noqa: E402
 from mla_jax import expert_reduction as reduction_lib  # noqa: E402
 from mla_jax.config import CACHE_TYPES, RunConfig  # noqa: E402
@@ -155,14 +153,6 @@ _OUT = flags.DEFINE_string("out", None, "file to write the JSON object to as wel
 Case = tuple[dict, Callable, tuple, dict[str, Any]]  # what it is, a function, its arguments
 
 
-def _is_there() -> bool:
-    """Whether both packages of the CUDA plugin of JAX are installed."""
-    try:
-        return all(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_plugins.xla_cuda12")))
-    except ModuleNotFoundError:
-        return False
-
-
 def _kernel_cases() -> Iterator[Case]:
     """Yields each operation of the models, with each format and type of cache; what is alike once."""
     kinds = [(_FORMATS.value[0], name) for name in _CACHE_TYPES.value]
@@ -212,26 +202,16 @@ def _step_cases() -> Iterator[Case]:
         yield dict(op="decode step", **told), steps.decode, (*decode, settings), how
 
 
-def _target(gpu):
-    """Tells JAX from 0.11 on for which GPU it lowers."""
-    if jax.__version_info__ < (0, 11):
-        return contextlib.nullcontext()
-    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
-
-    device = AbstractDevice(device_kind=gpu.name, num_cores=None, platform="gpu")
-    return use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device))
-
-
 def _compile(gpu: GPU, device, function, args, how) -> list[dict]:
     """Returns what is told of the kernels of a function, compiled."""
     placed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))
     jitted = function if hasattr(function, "trace") else jax.jit(function)
-    with _target(gpu):
+    with abstract_gpu.target(gpu.name):
         traced = jitted.trace(*jax.tree.map(placed, args), **how)
     folder = pathlib.Path(_DUMP.name)
     shutil.rmtree(folder)
     folder.mkdir()
-    with _target(gpu):
+    with abstract_gpu.target(gpu.name):
         traced.lower(lowering_platforms=("cuda",)).compile()
     calls = "".join(path.read_text() for path in folder.glob("*thunk_sequence.txt"))
     texts = {path: path.read_text() for path in folder.glob("*.ptx")}  # XLA of JAX 0.11 writes none
@@ -287,7 +267,7 @@ def main(argv):
         for value in values.value:
             if value not in choices:
                 raise app.UsageError(f"--{flag} must be of {', '.join(choices)}, got {value!r}.")
-    if not _is_there():
+    if not abstract_gpu.has_compiler():
         print("jax-cuda12-plugin and jax-cuda12-pjrt must both be installed.", file=sys.stderr)
         sys.exit(2)
     versions = machine.about("benchmarks/gpu_compile.py", sys.argv[1:], ["jax", "jaxlib", "jax-cuda12-pjrt"])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from benchmarks.gpu_cases import OURS, Bar, Case, Way
+from benchmarks.gpu_cases import OURS, Bar, Case, Way, fill
 from checkpoints_tools import names, place_sizes
 from checkpoints_tools.plan import is_preset
 from mla_jax import cache as cache_lib
@@ -43,11 +43,8 @@ class Shapes:
 def shapes_of(model: str, format: str, run: RunConfig, num_layers: int | None = None) -> Shapes:
     """Returns the shapes of a GGUF file, or of a preset with weights of a format; of its first layers."""
     kind = dict(type=format) if is_preset(model) else {}
-    contents = place_sizes.read_contents(model, **kind)
-    count = num_layers or contents.config.num_layers
-    config = dataclasses.replace(contents.config, num_layers=count)
-    is_in = lambda name: not name.startswith("blk.") or int(name.split(".")[1]) < count
-    tensors = {name: tensor for name, tensor in contents.tensors.items() if is_in(name)}
+    contents = place_sizes.read_contents(model, **kind).first_layers(num_layers)
+    config, tensors = contents.config, contents.tensors
     size = lambda tensor: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tensor))
     experts = sum(size(tensor) for name, tensor in tensors.items() if "_exps." in name)
     others = sum(size(tensor) for name, tensor in tensors.items() if "_exps." not in name)
@@ -125,8 +122,5 @@ def _case(model, format, S, shapes):
 
 def _fill(key, leaf):
     """Returns random numbers of a weight, all finite, in whatever form it is kept."""
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return (jax.random.uniform(key, leaf.shape, jnp.float32, 0.5, 1.5) / 128).astype(leaf.dtype)
-    kind = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-    bits = jax.random.bits(key, leaf.shape, kind) & jnp.asarray(_SMALL_BYTES, kind)
-    return jax.lax.bitcast_convert_type(bits, leaf.dtype)
+    numbers = fill(key, leaf.shape, leaf.dtype)
+    return numbers if jnp.issubdtype(leaf.dtype, jnp.floating) else numbers & _SMALL_BYTES

@@ -35,6 +35,14 @@ class Contents:
     config: ModelConfig
     tensors: Mapping[str, Any]
 
+    def first_layers(self, count: int | None) -> "Contents":
+        """Returns the model with its first `count` layers alone; None for all."""
+        if count is None:
+            return self
+        is_in = lambda name: not name.startswith("blk.") or int(name.split(".")[1]) < count
+        tensors = {name: tensor for name, tensor in self.tensors.items() if is_in(name)}
+        return Contents(config=dataclasses.replace(self.config, num_layers=count), tensors=tensors)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaceSizes:

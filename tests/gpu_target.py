@@ -1,10 +1,10 @@
 """Lowers for a GPU on a machine that has none."""
 
-import contextlib
-
 import jax
 import pytest
 from jaxlib.mlir import ir
+
+from benchmarks import abstract_gpu
 
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
 
@@ -15,7 +15,7 @@ def lowered_for_gpu(function, *args, kind="NVIDIA H200", **kwargs) -> str:
     Its kernels are read as a GPU's compiler reads them, which checks them: to write them down does not.
     """
     jitted = function if hasattr(function, "trace") else jax.jit(function)
-    with _target(kind):
+    with abstract_gpu.target(kind):
         lowered = jitted.trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
     lowered.compiler_ir("stablehlo").operation.walk(_check_kernel)
     return lowered.as_text()
@@ -29,12 +29,3 @@ def _check_kernel(operation):
         with lowering._new_ir_context():
             ir.Module.parse(kernel)
     return ir.WalkResult.ADVANCE
-
-
-def _target(kind):
-    if jax.__version_info__ < (0, 11):
-        return contextlib.nullcontext()
-    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
-
-    device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    return use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device))

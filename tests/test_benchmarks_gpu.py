@@ -1,6 +1,5 @@
 """The GPU benchmark at sizes of a CPU: what it times, what its peers compute, how it judges and ends."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -14,7 +13,7 @@ import pytest
 import synthetic
 from jax.experimental import pallas as pl
 
-from benchmarks import gpu_cases, gpu_measure
+from benchmarks import abstract_gpu, gpu_cases, gpu_measure
 from benchmarks.gpu_cases import CUDNN, EXPANDED, OURS, REFERENCE, Bar, Case, Way
 from checkpoints_tools.gguf_file import open_gguf
 
@@ -270,21 +269,14 @@ def _compile(*arguments):
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
 
 
-def _has_plugin():
-    try:
-        return all(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_plugins.xla_cuda12")))
-    except ModuleNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(_has_plugin(), reason="the CUDA plugin of JAX is here")
+@pytest.mark.skipif(abstract_gpu.has_compiler(), reason="the CUDA plugin of JAX is here")
 def test_without_a_compiler_for_gpus_it_ends_with_a_sentence():
     done = _compile()
     assert (done.returncode, done.stdout) == (2, "")
     assert "jax-cuda12-plugin and jax-cuda12-pjrt must both be installed." in done.stderr
 
 
-@pytest.mark.skipif(not _has_plugin(), reason="needs jax-cuda12-plugin and jax-cuda12-pjrt")
+@pytest.mark.skipif(not abstract_gpu.has_compiler(), reason="needs jax-cuda12-plugin and jax-cuda12-pjrt")
 def test_kernels_compile_for_gpus_that_are_not_here():
     few = "--models deepseek-v3 --cache_types q8_0,q4_0 --formats q4_K --nosteps"
     done = _compile(*few.split())
