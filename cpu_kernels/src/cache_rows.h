@@ -102,23 +102,28 @@ const mla::CacheType* cache_type(std::string_view name) {
   return nullptr;
 }
 
+// The place of a slot, counted over all pages; -1 where there is no page.
+inline int64_t place_of(const LatentCache& cache, const int32_t* pages, int slot) {
+  const int32_t page = pages[slot / cache.page_size];
+  return page < 0 || page >= cache.num_pages ? -1 : static_cast<int64_t>(page) * cache.page_size + slot % cache.page_size;
+}
+
 void read_slots(const LatentCache& cache, const CachePart& part, const int32_t* pages, int begin, int end, float* out,
                 int64_t stride) {
   for (int slot = begin; slot < end; ++slot, out += stride) {
-    const int32_t page = pages[slot / cache.page_size];
-    if (page < 0 || page >= cache.num_pages)
+    const int64_t place = place_of(cache, pages, slot);
+    if (place < 0)
       std::memset(out, 0, sizeof(float) * part.size);
     else
-      part.type->read(part, static_cast<int64_t>(page) * cache.page_size + slot % cache.page_size, out);
+      part.type->read(part, place, out);
   }
 }
 
 // Asks for the codes of a slot, so that they come while others are met. GCC leaves out calls to a function that does
 // nothing else.
 [[gnu::always_inline]] inline void prefetch_slot(const LatentCache& cache, const int32_t* pages, int slot) {
-  const int32_t page = pages[slot / cache.page_size];
-  if (page < 0 || page >= cache.num_pages) return;
-  const int64_t place = static_cast<int64_t>(page) * cache.page_size + slot % cache.page_size;
+  const int64_t place = place_of(cache, pages, slot);
+  if (place < 0) return;
   for (const CachePart* part : {&cache.latent, &cache.rope}) {
     const int64_t bytes = part->size / part->type->block * part->type->low;
     const char* low = static_cast<const char*>(part->low) + place * bytes;

@@ -93,6 +93,43 @@ struct IntegerPanel : Panel<F::kGroup> {
   }
 };
 
+#if defined(__AVX512VNNI__)
+template <class F>
+void integer_columns(const Matrix& matrix, int64_t r, int rows, int chunk, float (*out)[kPanelRows]) {
+  IntegerPanel<F> panel;
+  panel.fill(matrix, r, rows, chunk);
+  for (int i = 0; i < kChunk; ++i) {
+    const int g = i / F::kGroup;
+    if (g >= panel.groups) {
+      _mm512_storeu_ps(out[i], _mm512_setzero_ps());
+      continue;
+    }
+    const __m512i codes = _mm512_and_si512(_mm512_srli_epi32(panel.codes(i / 4), i % 4 * 8), _mm512_set1_epi32(255));
+    _mm512_storeu_ps(out[i], _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), panel.scale(g), panel.offset(g)));
+  }
+}
+
+template <class F>
+void float_columns(const Matrix& matrix, int64_t r, int rows, int chunk, float (*out)[kPanelRows]) {
+  const int64_t first = static_cast<int64_t>(chunk) * kChunk;
+  const int count = static_cast<int>(std::min<int64_t>(kChunk, matrix.size - first));
+  alignas(64) float row[kPanelRows][kChunk] = {};
+  for (int k = 0; k < kPanelRows; ++k)
+    F::widen(matrix.blocks + (r + std::min(k, rows - 1)) * matrix.row_bytes, first, count, row[k]);
+  for (int i = 0; i < kChunk; i += kPanelRows) transpose_words(row[0] + i, sizeof(row[0]), out[i]);
+}
+
+template <class F>
+constexpr decltype(mla::Format::columns) kIntegerColumns = integer_columns<F>;
+template <class F>
+constexpr decltype(mla::Format::columns) kFloatColumns = float_columns<F>;
+#else
+template <class F>
+constexpr decltype(mla::Format::columns) kIntegerColumns = nullptr;
+template <class F>
+constexpr decltype(mla::Format::columns) kFloatColumns = nullptr;
+#endif
+
 // More activations: 16 weight rows become a panel, which meets them in turn; the last row stands for missing ones.
 template <class F>
 void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
@@ -224,7 +261,7 @@ void normalise(const float* x, const float* weight, int64_t count, float epsilon
 template <class F>
 constexpr mla::Format integers(const char* name, int header_bytes = 0) {
   return {name, F::kBlock, F::kBytes, header_bytes, false, multiply_integers<F>,
-          transposed_integers<F>, F::unpack, nullptr, false, kReadsPanels<F>, kTransposesPanels<F>};
+          transposed_integers<F>, F::unpack, nullptr, false, kIntegerColumns<F>, kReadsPanels<F>, kTransposesPanels<F>};
 }
 
 // A format that is unpacked to memory first: all of them share what follows.
@@ -232,7 +269,7 @@ template <class F>
 constexpr mla::Format unpacked(const char* name, int header_bytes = 0) {
   using Any = Unpacked<F::kGroup>;
   return {name, F::kBlock, F::kBytes, header_bytes, false, multiply_integers<Any>,
-          transposed_integers<Any>, F::unpack, nullptr, false};
+          transposed_integers<Any>, F::unpack, nullptr, false, kIntegerColumns<Any>};
 }
 
 template <class F>
@@ -250,7 +287,7 @@ constexpr mla::Format narrow(mla::Format format) {
 template <class F>
 constexpr mla::Format floats(const char* name) {
   return {name, 1, F::kBytes, 0, true, multiply_floats<F>, transposed_floats<F>,
-          nullptr, nullptr, false};
+          nullptr, nullptr, false, kFloatColumns<F>};
 }
 
 const mla::Format kFormats[] = {
@@ -287,6 +324,6 @@ extern const mla::Kernels kernels;
 const mla::Kernels kernels = {MLA_STRING(MLA_ISA), kFormats,       sizeof(kFormats) / sizeof(kFormats[0]),
                               quantise,            arrange,        gate,          normalise,
                               add,                 read_slots,     attend_latents, attend_tile,
-                              cache_type};
+                              nullptr,             nullptr,        cache_type};
 
 }  // namespace MLA_ISA

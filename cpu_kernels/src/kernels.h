@@ -85,6 +85,9 @@ struct Format {
   void (*unpack)(Row row, int chunk, int blocks, uint8_t* codes, float* scales, float* offsets);
   const Codebook* codebook;  // null for most
   bool narrow;               // no code is above 127
+  // out[i][k] = row r + k at column i of a chunk of 256: of 16 rows, the last of `rows` stands for missing ones. Zeros
+  // follow the last column. Null: there are no such kernels.
+  void (*columns)(const Matrix& matrix, int64_t r, int rows, int chunk, float (*out)[16]) = nullptr;
   bool reads_panels = false;       // `matmul` does
   bool transposes_panels = false;  // `transposed` does
 };
@@ -100,6 +103,9 @@ struct alignas(64) Lanes {
 
 // Rows that attention reads are padded to whole vectors; keys and queries with zeros.
 constexpr int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
+// How many `Lanes` hold so many numbers in bfloat16.
+constexpr int64_t rounded_lanes(int64_t size) { return (size + 2 * kLanes - 1) / (2 * kLanes); }
 
 struct CacheType;
 
@@ -155,6 +161,15 @@ struct Partials {
   float *tops, *sums, *out;
 };
 
+// Slots [0, end) with keys and values for one head: products of two weights with latents, which `round_latents` made.
+struct HeadSlots {
+  const LatentCache& cache;
+  const int32_t* pages;
+  const Lanes* latents;
+  Matrix keys, values;  // [key_size, rank] and [value_size, rank]
+  int key_size, value_size, end;
+};
+
 struct Kernels {
   const char* name;
   const Format* formats;
@@ -179,6 +194,11 @@ struct Kernels {
   // are readable up to the next multiple of 16 slots.
   void (*attend_tile)(const float* keys, int key_size, const float* values, int value_size, int64_t stride, int begin,
                       int end, const Queries& queries, const Partials& partials);
+  // Rounds the latents in slots [begin, end) of a sequence to bfloat16, each to `rounded_lanes` of the rank. Null, as the
+  // next: attention to a head is left to `attend_tile`.
+  void (*round_latents)(const LatentCache& cache, const int32_t* pages, int begin, int end, Lanes* out);
+  // Attends to slots of a head that are decompressed meanwhile.
+  void (*attend_head)(const HeadSlots& slots, const Queries& queries, const Partials& partials);
   // Returns a cache type, null where there is none of that name.
   const CacheType* (*cache_type)(std::string_view name);
 

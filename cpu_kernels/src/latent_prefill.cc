@@ -9,15 +9,26 @@ namespace {
 
 constexpr int kExpandSlots = 128;  // slots that are decompressed at a time
 
-// The latents of a sequence, quantised where a weight asks for it; float weights have them decoded for each tile.
+// The latents of a sequence: rounded where there are kernels for that, or quantised where a weight asks for it; float
+// weights have them decoded for each tile.
 struct Latents {
   const LatentCache& cache;
   const int32_t* pages;
   int length;
   std::vector<Activations> quantised;  // a tile each
+  std::vector<Lanes> rounded;          // of whole tiles
 
   void decode(const CachePart& part, int begin, int end, float* out, int64_t stride) const {
     kernels().read_slots(cache, part, pages, begin, end, out, stride);
+  }
+
+  void round(ffi::ThreadPool& pool) {
+    const int64_t tiles = (length + kExpandSlots - 1) / kExpandSlots, width = rounded_lanes(cache.latent.size);
+    rounded.resize(tiles * kExpandSlots * width);
+    parallel_for(pool, tiles, [&](int64_t i) {
+      const int begin = static_cast<int>(i) * kExpandSlots;
+      kernels().round_latents(cache, pages, begin, std::min(begin + kExpandSlots, length), &rounded[begin * width]);
+    });
   }
 
   void quantise(ffi::ThreadPool& pool) {
@@ -104,18 +115,35 @@ struct PrefillCall : AttentionCall {
     const Queries queries{rows[0].of, limits, static_cast<int>(count), scale};
     Found found;
     found.clear(count, value_size);
-    Expansion expansion(keys.of(n), values.of(n), key_size, value_size, latents);
     const int64_t last = *std::max_element(limits, limits + count);
     const int end = static_cast<int>(std::min<int64_t>(latents.length, last + 1));
-    for (int begin = 0; begin < end; begin += kExpandSlots) {
-      const int stop = std::min(latents.length, begin + kExpandSlots);
-      expansion.expand(begin, stop);
-      kernels().attend_tile(expansion.keys(), static_cast<int>(width), expansion.values(),
-                            static_cast<int>(value_size), expansion.stride(), begin, stop, queries, found.partials());
-    }
+    if (latents.rounded.empty())
+      attend_tiles(latents, n, end, queries, found.partials());
+    else
+      kernels().attend_head({cache, latents.pages, latents.rounded.data(), keys.of(n), values.of(n),
+                             static_cast<int>(key_size), static_cast<int>(value_size), end},
+                            queries, found.partials());
     for (int64_t i = 0; i < count; ++i)
       for (int64_t c = 0; c < value_size; ++c)
         out[row(b, first + i, n) * value_size + c] = found.row(i)[c] / found.sums()[i];
+  }
+
+  void attend_tiles(const Latents& latents, int64_t n, int end, const Queries& queries,
+                    const Partials& partials) const {
+    Expansion expansion(keys.of(n), values.of(n), key_size, value_size, latents);
+    for (int begin = 0; begin < end; begin += kExpandSlots) {
+      const int stop = std::min(latents.length, begin + kExpandSlots);
+      expansion.expand(begin, stop);
+      kernels().attend_tile(expansion.keys(), static_cast<int>(key_size + cache.rope.size), expansion.values(),
+                            static_cast<int>(value_size), expansion.stride(), begin, stop, queries, partials);
+    }
+  }
+
+  // Whether there are kernels for latents that are rounded; whoever keeps float32 wants exactness.
+  bool rounds() const {
+    return kernels().attend_head != nullptr && keys.matrix.format->columns != nullptr &&
+           values.matrix.format->columns != nullptr &&
+           cache.latent.type->name != std::string_view("f32");
   }
 };
 
@@ -124,8 +152,10 @@ void attend_all(ffi::ThreadPool& pool, const PrefillCall& call) {
   const int64_t parts = call.heads < 2 * pool.num_threads() ? std::min<int64_t>(4, (call.tokens + 127) / 128) : 1;
   const int64_t step = (call.tokens + parts - 1) / parts;
   for (int64_t b = 0; b < call.batch; ++b) {
-    Latents latents{call.cache, call.pages + b * call.table, call.length(b), {}};
-    if (!call.keys.matrix.format->is_float || !call.values.matrix.format->is_float) latents.quantise(pool);
+    Latents latents{call.cache, call.pages + b * call.table, call.length(b), {}, {}};
+    if (call.rounds())
+      latents.round(pool);
+    else if (!call.keys.matrix.format->is_float || !call.values.matrix.format->is_float) latents.quantise(pool);
     parallel_for(pool, call.heads * parts, [&](int64_t task) {
       const int64_t n = task % call.heads, first = task / call.heads * step;
       const int64_t count = std::min(step, call.tokens - first);

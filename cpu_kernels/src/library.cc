@@ -6,6 +6,12 @@
 #include "kernels.h"
 #include "xla/ffi/api/c_api.h"
 
+#if defined(MLA_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #define MLA_DECLARE(isa)              \
   namespace isa {                     \
   extern const mla::Kernels kernels;  \
@@ -16,6 +22,12 @@ MLA_DECLARE(avx512)
 namespace avx512bf16 {
 void attend_rounded_latents(const mla::LatentCache& cache, const int32_t* pages, int begin, int end,
                             const mla::Queries& queries, const mla::Partials& partials);
+}
+namespace amx {
+void attend_tiled_latents(const mla::LatentCache& cache, const int32_t* pages, int begin, int end,
+                          const mla::Queries& queries, const mla::Partials& partials);
+void round_latents(const mla::LatentCache& cache, const int32_t* pages, int begin, int end, mla::Lanes* out);
+void attend_tiled_head(const mla::HeadSlots& slots, const mla::Queries& queries, const mla::Partials& partials);
 }
 
 namespace mla {
@@ -35,9 +47,34 @@ const Kernels& with_bfloat16() {
 }
 #endif
 
+#if defined(MLA_HAS_AMX)
+// The same, and AMX for attention.
+const Kernels& with_tiles() {
+  static const Kernels all = [] {
+    Kernels kernels = avx512::kernels;
+    kernels.name = "amx";
+    kernels.attend_latents = amx::attend_tiled_latents;
+    kernels.round_latents = amx::round_latents;
+    kernels.attend_head = amx::attend_tiled_head;
+    return kernels;
+  }();
+  return all;
+}
+
+// Whether there are tile registers for bfloat16, and the system lets this process use them.
+bool has_tiles() {
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBfloat16) || !(d & kTiles)) return false;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+#endif
+
 // The n-th of those that this machine has, the best first; null past the last.
 const Kernels* available(int n) {
-  const Kernels* found[4];
+  const Kernels* found[5];
   int count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -45,6 +82,9 @@ const Kernels* available(int n) {
 #if defined(MLA_HAS_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#if defined(MLA_HAS_AMX)
+    if (__builtin_cpu_supports("avx512bf16") && has_tiles()) found[count++] = &with_tiles();
+#endif
 #if defined(MLA_HAS_AVX512BF16)
     if (__builtin_cpu_supports("avx512bf16")) found[count++] = &with_bfloat16();
 #endif

@@ -11,6 +11,9 @@ namespace MLA_ISA {
 
 constexpr int kPairs = 16;  // in a register
 
+// Whole registers of pairs for so many numbers.
+inline int pairs_for(int size) { return (size + 2 * kPairs - 1) / (2 * kPairs) * kPairs; }
+
 inline __m512i load_pairs(const uint32_t* p) { return _mm512_loadu_si512(p); }
 
 // sums + low * low + high * high, of each pair.
@@ -23,6 +26,13 @@ inline __m512i to_pairs(const float* p) {
   return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(p));
 }
 
+// Rounds 16 numbers and 16 others: each pair is of both.
+inline __m512i pair_up(__m512 even, __m512 odd) {
+  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i order = _mm512_or_si512(places, _mm512_slli_epi32(_mm512_add_epi32(places, _mm512_set1_epi32(16)), 16));
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
 // From pairs of neighbours in two rows, 32 numbers each, to pairs of both rows: those of 16 numbers, then the others.
 inline void interleave(const uint32_t* p, const uint32_t* q, uint32_t* out) {
   const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -32,15 +42,14 @@ inline void interleave(const uint32_t* p, const uint32_t* q, uint32_t* out) {
   _mm512_storeu_si512(out + kPairs, _mm512_permutex2var_epi16(load_pairs(p), second, load_pairs(q)));
 }
 
-// Rounds rows of whole vectors to pairs of neighbours; a last half of a register is filled with zeros.
-inline void round_rows(const float* rows, int count, int size, uint32_t* out) {
-  for (int i = 0; i < count; ++i, rows += size) {
-    int c = 0;
-    for (; c + 2 * kPairs <= size; c += 2 * kPairs, out += kPairs) _mm512_storeu_si512(out, to_pairs(rows + c));
-    if (c == size) continue;
-    const __m512 last = _mm512_loadu_ps(rows + c);
-    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(_mm512_setzero_ps(), last));
-    out += kPairs;
+// Rounds numbers times a factor to pairs of neighbours; zeros fill the last register.
+inline void round_numbers(const float* numbers, int count, uint32_t* out, float factor = 1) {
+  for (int c = 0; c < count; c += 2 * kPairs, out += kPairs) {
+    const uint32_t there = count - c >= 32 ? 0xFFFFFFFF : (1u << (count - c)) - 1;
+    const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), numbers + c);
+    const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), numbers + c + kPairs);
+    const __m512 times = _mm512_set1_ps(factor);
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, times), _mm512_mul_ps(low, times)));
   }
 }
 
@@ -50,14 +59,14 @@ struct PairTile {
 
   const uint32_t* queries;  // [queries, key_pairs]
   const uint32_t* keys;     // [slots, key_pairs]
-  const uint32_t* values;   // [slots / 2, 2 * key_pairs]
-  int key_pairs, value_size;
+  const uint32_t* values;   // [slots / 2, 2 * value_pairs]
+  int key_pairs, value_pairs, value_size;
 
   PairTile from(int q, int slot) const {
     PairTile part = *this;
     part.queries += static_cast<int64_t>(q) * key_pairs;
     part.keys += static_cast<int64_t>(slot) * key_pairs;
-    part.values += static_cast<int64_t>(slot) * key_pairs;
+    part.values += static_cast<int64_t>(slot) * value_pairs;
     return part;
   }
   // What of the weights enters the products, and so their sum.
@@ -91,7 +100,7 @@ void score(const PairTile& tile, int count, float (*scores)[PairTile::kSlots]) {
 template <int kQueries, int kParts>
 void add_columns(const PairTile& tile, int pairs, const uint32_t (*weights)[kPairs], const float* shrink, int begin,
                  int end, float* out) {
-  const int size = tile.value_size, stride = 2 * tile.key_pairs;
+  const int size = tile.value_size, stride = 2 * tile.value_pairs;
   for (int c = begin; c < end; c += kParts * kWidth) {
     const uint32_t* values = tile.values + c;
     Part total[kQueries][kParts];

@@ -21,12 +21,18 @@ def _use(name):
     cpu_kernels.use_instruction_set(cpu_kernels.instruction_sets()[0])
 
 
-@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "generic"])
+@pytest.fixture(params=["amx", "avx512bf16", "avx512", "avx2", "generic"])
 def instruction_set(request):
     yield from _use(request.param)
 
 
-@pytest.fixture(params=["avx512bf16", "avx512"])
+@pytest.fixture(params=["amx", "avx512bf16", "avx512"])
 def panel_set(request):
     """The instruction sets whose kernels read weights out of panels."""
     yield from _use(request.param)
+
+
+@pytest.fixture
+def tiles():
+    """The instruction set with tile registers."""
+    yield from _use("amx")

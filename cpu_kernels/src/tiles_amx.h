@@ -1,0 +1,102 @@
+// Tile registers of AMX, each of 16 rows of 16 words, and what attention makes of their products.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "tiles_bf16.h"
+
+namespace MLA_ISA {
+
+// The tile registers of this thread, all of them whole, for as long as this lives.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shapes;
+    asm volatile("ldtilecfg %0" : : "m"(shapes));
+  }
+  ~TileRegisters() { asm volatile("tilerelease"); }
+  TileRegisters(const TileRegisters&) = delete;
+};
+
+// The intrinsics of GCC do not say that they read memory.
+template <int n>
+inline void load_tile(const void* first, int64_t stride) {
+  asm volatile("tileloadd (%0,%1), %%tmm%c2" : : "r"(first), "r"(stride), "i"(n) : "memory");
+}
+template <int n>
+inline void store_tile(void* first) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1)" : : "r"(first), "r"(int64_t{64}), "i"(n) : "memory");
+}
+template <int n>
+inline void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(n));
+}
+template <int sums, int rows, int columns>
+inline void add_products() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(rows), "i"(columns));
+}
+
+// Calls use(0), ..., use(count - 1) with constants.
+template <int count, class Use>
+[[gnu::always_inline]] inline void unrolled(const Use& use) {
+  if constexpr (count > 0) {
+    unrolled<count - 1>(use);
+    use(std::integral_constant<int, count - 1>());
+  }
+}
+
+constexpr int kRows = 16;  // of a tile
+
+using TileFloats = float[kRows][kRows];
+
+// scores[s][q] of kBlocks times 16 slots; keys are `stride` bytes apart.
+template <int kBlocks>
+void score_tiles(const uint32_t* keys, int key_pairs, const uint32_t* queries, TileFloats* scores) {
+  const int64_t stride = 4 * key_pairs;
+  unrolled<kBlocks>([](auto j) { clear_tile<j>(); });
+  for (int c = 0; c < key_pairs; c += kPairs) {
+    load_tile<6>(queries + c * kRows, 64);
+    unrolled<kBlocks>([&](auto j) __attribute__((always_inline)) {
+      load_tile<4 + j % 2>(keys + c + j * kRows * key_pairs, stride);
+      add_products<j, 4 + j % 2, 6>();
+    });
+  }
+  unrolled<kBlocks>([&](auto j) __attribute__((always_inline)) { store_tile<j>(scores[j]); });
+}
+
+// Adds the values of kHalves times 32 slots, weighted as tiles 6 and 7 say, to kBlocks times 16 columns.
+template <int kBlocks, int kHalves>
+void add_tiles(const uint32_t* values, int value_pairs, const TileFloats* sums, TileFloats* out) {
+  const int64_t stride = 8 * value_pairs;
+  unrolled<kBlocks>([&](auto j) __attribute__((always_inline)) { load_tile<j>(sums[j], 64); });
+  unrolled<kHalves>([&](auto half) __attribute__((always_inline)) {
+    unrolled<kBlocks>([&](auto j) __attribute__((always_inline)) {
+      load_tile<4 + j % 2>(values + half * kRows * 2 * value_pairs + j * kRows, stride);
+      add_products<j, 6 + half, 4 + j % 2>();
+    });
+  });
+  unrolled<kBlocks>([&](auto j) __attribute__((always_inline)) { store_tile<j>(out[j]); });
+}
+
+// out[s][k][i][j] = the product of row 16 s + i, `stride` bytes apart, with column j of weight k, [pairs, 16] both.
+inline void expand_tiles(const void* rows, int64_t stride, const void* const* weights, int pairs, TileFloats (*out)[2]) {
+  const auto* const first = static_cast<const uint8_t*>(rows);
+  unrolled<4>([](auto j) { clear_tile<j>(); });
+  for (int c = 0; c < pairs; c += kPairs) {
+    unrolled<2>([&](auto s) __attribute__((always_inline)) {
+      load_tile<4 + s>(first + s * kRows * stride + 4 * c, stride);
+    });
+    unrolled<2>([&](auto k) __attribute__((always_inline)) {
+      load_tile<6 + k>(static_cast<const uint8_t*>(weights[k]) + 64 * c, 64);
+    });
+    unrolled<4>([](auto j) { add_products<j, 4 + j / 2, 6 + j % 2>(); });
+  }
+  unrolled<4>([&](auto j) __attribute__((always_inline)) { store_tile<j>(out[j / 2][j % 2]); });
+}
+
+}  // namespace MLA_ISA
