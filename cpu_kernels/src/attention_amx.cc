@@ -37,14 +37,14 @@ struct alignas(64) QueryBlock {
 class TiledQueries {
  public:
   // Queries have `size` numbers and `rope` that are rotated; they see none of the slots from `end` on.
-  TiledQueries(const Queries& queries, int size, int rope, int value_size, int end)
-      : key_pairs_(pairs_for(size) + pairs_for(rope)),
-        columns_(static_cast<int>(mla::padded(value_size)) / kRows),
-        blocks_((queries.count + kRows - 1) / kRows) {
-    const int64_t width = mla::padded(size + rope);
-    rounded_.resize(static_cast<size_t>(kRows) * key_pairs_ / kPairs);
+  void set(const Queries& queries, int size, int rope, int value_size, int end) {
+    key_pairs_ = pairs_for(size) + pairs_for(rope);
+    columns_ = static_cast<int>(mla::padded(value_size)) / kRows;
+    blocks_.resize((queries.count + kRows - 1) / kRows);
+    rounded_.assign(static_cast<size_t>(kRows) * key_pairs_ / kPairs, {});
     turned_.resize(blocks_.size() * key_pairs_);
     found_.assign(blocks_.size() * columns_ * kRows, {});
+    const int64_t width = mla::padded(size + rope);
     for (size_t i = 0; i < blocks_.size(); ++i) {
       QueryBlock& block = blocks_[i];
       const int first = static_cast<int>(i) * kRows;
@@ -56,7 +56,6 @@ class TiledQueries {
       for (int q = 0; q < block.count; ++q) block.limits[q] = std::min(queries.positions[first + q], end - 1);
       block.first_limit = *std::min_element(block.limits, block.limits + block.count);
       block.last_limit = *std::max_element(block.limits, block.limits + block.count);
-      std::fill(rounded_.begin(), rounded_.end(), Pairs{});
       round_queries(queries.rows + first * width, block.count, size, rope, queries.scale * kLog2E, rounded_[0].of);
       for (int c = 0; c < key_pairs_; c += kPairs)
         transpose_words(rounded_[0].of + c, 4 * key_pairs_, turned_[i * key_pairs_ + c].of);
@@ -179,8 +178,9 @@ void attend_tiled_latents(const LatentCache& cache, const int32_t* pages, int be
     return attend_latents(cache, pages, begin, end, queries, partials);
   const TileRegisters registers;
   thread_local RoundedSlots slots;
+  thread_local TiledQueries tiled;
   slots.resize(kTileSlots, cache.latent.size, cache.rope.size, cache.latent.size);
-  TiledQueries tiled(queries, cache.latent.size, cache.rope.size, cache.latent.size, end);
+  tiled.set(queries, cache.latent.size, cache.rope.size, cache.latent.size, end);
   for (int first = begin; first < end; first += kTileSlots) {
     const int last = std::min(end, first + kTileSlots);
     slots.read_latents(cache, pages, first, last, queries.length);
@@ -283,8 +283,9 @@ void attend_tiled_head(const mla::HeadSlots& source, const Queries& queries, con
   const TileRegisters registers;
   thread_local RoundedSlots slots;
   slots.resize(kSlots, source.key_size, source.cache.rope.size, source.value_size);
+  thread_local TiledQueries tiled;
+  tiled.set(queries, source.key_size, source.cache.rope.size, source.value_size, source.end);
   const ExpandedHead head(source);
-  TiledQueries tiled(queries, source.key_size, source.cache.rope.size, source.value_size, source.end);
   for (int first = 0; first < source.end; first += kSlots) {
     const int count = std::min(kSlots, source.end - first);
     head.expand(first, first + count, &slots);

@@ -82,9 +82,10 @@ class RoundedSlots {
   uint32_t* key(int slot) { return keys_[0].of + static_cast<int64_t>(slot) * key_pairs; }
   uint32_t* value(int slot) { return values_[0].of + static_cast<int64_t>(slot) * value_pairs; }  // of an even one
 
-  // Makes slots [begin, end) of a cache, of which `length` are asked for meanwhile; an odd number is followed by zeros.
+  // Makes slots [begin, end) of a cache; an odd number is followed by zeros. Of `length` slots those that come next are
+  // asked for meanwhile.
   void read_latents(const LatentCache& cache, const int32_t* pages, int begin, int end, int length) {
-    constexpr int kAhead = 16;
+    constexpr int kAhead = 16;  // slots that are on their way while others are read
     const RoundRow latent = rounding_of(cache.latent), rope = rounding_of(cache.rope);
     for (int slot = begin; slot < end; ++slot) {
       if (slot + kAhead < std::max(end, length)) prefetch_slot(cache, pages, slot + kAhead);
