@@ -190,14 +190,19 @@ void attend_tiled_latents(const LatentCache& cache, const int32_t* pages, int be
   tiled.store(partials);
 }
 
+// In tiles: [blocks of 16 slots, registers of a row, 16].
 void round_latents(const LatentCache& cache, const int32_t* pages, int begin, int end, mla::Lanes* out) {
   const RoundRow round = rounding_of(cache.latent);
-  for (int slot = begin; slot < end; ++slot, out += mla::rounded_lanes(cache.latent.size)) {
-    const int64_t place = place_of(cache, pages, slot);
+  const int64_t width = mla::rounded_lanes(cache.latent.size);
+  thread_local std::vector<mla::Lanes> row;
+  row.resize(width);
+  for (int i = 0; i < end - begin; ++i) {
+    const int64_t place = place_of(cache, pages, begin + i);
     if (place < 0)
-      std::fill_n(out, mla::rounded_lanes(cache.latent.size), mla::Lanes{});
+      std::fill_n(row.begin(), width, mla::Lanes{});
     else
-      round(cache.latent, place, reinterpret_cast<uint32_t*>(out));
+      round(cache.latent, place, reinterpret_cast<uint32_t*>(row[0].of));
+    for (int64_t c = 0; c < width; ++c) out[(i / kRows * width + c) * kRows + i % kRows] = row[c];
   }
 }
 
@@ -271,7 +276,7 @@ class ExpandedHead {
   void expand_blocks(int slot, const TiledWeight& weight, int block, TileFloats (*out)[2]) const {
     const void* const weights[] = {weight.block(block), weight.block(block + 1)};
     const mla::Lanes* latents = source_.latents + slot * mla::rounded_lanes(source_.cache.latent.size);
-    expand_tiles(latents, 4 * weight.pairs(), weights, weight.pairs(), out);
+    expand_tiles(latents, weights, weight.pairs(), out);
   }
 
   const mla::HeadSlots& source_;

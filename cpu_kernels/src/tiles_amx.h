@@ -28,6 +28,11 @@ template <int n>
 inline void load_tile(const void* first, int64_t stride) {
   asm volatile("tileloadd (%0,%1), %%tmm%c2" : : "r"(first), "r"(stride), "i"(n) : "memory");
 }
+// What will not be met again soon.
+template <int n>
+inline void stream_tile(const void* first, int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1), %%tmm%c2" : : "r"(first), "r"(stride), "i"(n) : "memory");
+}
 template <int n>
 inline void store_tile(void* first) {
   asm volatile("tilestored %%tmm%c2, (%0,%1)" : : "r"(first), "r"(int64_t{64}), "i"(n) : "memory");
@@ -62,7 +67,7 @@ void score_tiles(const uint32_t* keys, int key_pairs, const uint32_t* queries, T
   for (int c = 0; c < key_pairs; c += kPairs) {
     load_tile<6>(queries + c * kRows, 64);
     unrolled<kBlocks>([&](auto j) __attribute__((always_inline)) {
-      load_tile<4 + j % 2>(keys + c + j * kRows * key_pairs, stride);
+      stream_tile<4 + j % 2>(keys + c + j * kRows * key_pairs, stride);
       add_products<j, 4 + j % 2, 6>();
     });
   }
@@ -76,23 +81,21 @@ void add_tiles(const uint32_t* values, int value_pairs, const TileFloats* sums, 
   unrolled<kBlocks>([&](auto j) __attribute__((always_inline)) { load_tile<j>(sums[j], 64); });
   unrolled<kHalves>([&](auto half) __attribute__((always_inline)) {
     unrolled<kBlocks>([&](auto j) __attribute__((always_inline)) {
-      load_tile<4 + j % 2>(values + half * kRows * 2 * value_pairs + j * kRows, stride);
+      stream_tile<4 + j % 2>(values + half * kRows * 2 * value_pairs + j * kRows, stride);
       add_products<j, 6 + half, 4 + j % 2>();
     });
   });
   unrolled<kBlocks>([&](auto j) __attribute__((always_inline)) { store_tile<j>(out[j]); });
 }
 
-// out[s][k][i][j] = the product of row 16 s + i, `stride` bytes apart, with column j of weight k, [pairs, 16] both.
-inline void expand_tiles(const void* rows, int64_t stride, const void* const* weights, int pairs, TileFloats (*out)[2]) {
-  const auto* const first = static_cast<const uint8_t*>(rows);
+// out[s][k][i][j] = the product of row i of block s with column j of weight k: tiles of both follow each other.
+inline void expand_tiles(const void* blocks, const void* const* weights, int pairs, TileFloats (*out)[2]) {
+  const auto* const first = static_cast<const uint8_t*>(blocks);
   unrolled<4>([](auto j) { clear_tile<j>(); });
-  for (int c = 0; c < pairs; c += kPairs) {
-    unrolled<2>([&](auto s) __attribute__((always_inline)) {
-      load_tile<4 + s>(first + s * kRows * stride + 4 * c, stride);
-    });
+  for (int c = 0; c < 64 * pairs; c += 1024) {
+    unrolled<2>([&](auto s) __attribute__((always_inline)) { stream_tile<4 + s>(first + s * 64 * pairs + c, 64); });
     unrolled<2>([&](auto k) __attribute__((always_inline)) {
-      load_tile<6 + k>(static_cast<const uint8_t*>(weights[k]) + 64 * c, 64);
+      load_tile<6 + k>(static_cast<const uint8_t*>(weights[k]) + c, 64);
     });
     unrolled<4>([](auto j) { add_products<j, 4 + j / 2, 6 + j % 2>(); });
   }
