@@ -293,8 +293,7 @@ void attend_tiled_head(const mla::HeadSlots& source, const Queries& queries, con
   const ExpandedHead head(source);
   for (int first = 0; first < source.end; first += kSlots) {
     const int count = std::min(kSlots, source.end - first);
-    head.expand(first, first + count, &slots);
-    slots.clear_values(count, kTileSlots / 2);
+    head.expand(first, first + count, &slots);  // and zeros up to a multiple of 32
     tiled.fold(slots, first, count);
   }
   tiled.store(partials);

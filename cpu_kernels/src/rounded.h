@@ -105,10 +105,8 @@ class RoundedSlots {
     }
   }
 
-  // Makes values after the first `count` zeros, up to a multiple of `slots`.
+  // Makes values after the first `count` zeros, up to a multiple of `slots`; of an odd number one is there already.
   void clear_values(int count, int slots) {
-    if (count % 2)
-      for (int i = 0; i < 2 * value_pairs; ++i) value(count - 1)[i] &= 0xFFFF;
     std::fill(value((count + 1) / 2 * 2), value((count + slots - 1) / slots * slots), 0);
   }
 
