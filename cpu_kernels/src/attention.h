@@ -64,37 +64,27 @@ void attend_tile(const float* keys, int key_size, const float* values, int value
   fold_floats<kManySlots>(keys, key_size, values, value_size, stride, begin, end, queries, partials);
 }
 
-// Decodes slots [begin, end), kSlots at a time, latent and rotary part beside each other and zeros up to whole vectors.
-// Calls take(rows, width, first, last) with them; an odd number of slots is followed by zeros, others by anything. What
-// comes next, of `length` slots in all, is asked for meanwhile.
-template <int kSlots, class Take>
-void for_each_tile(const LatentCache& cache, const int32_t* pages, int begin, int end, int length, const Take& take) {
+// Decodes slots [begin, end), kSlots at a time, latent and rotary part beside each other and zeros up to whole vectors,
+// and folds them. What comes next, of all slots of the sequence, is asked for meanwhile.
+template <int kSlots>
+void fold_latents(const LatentCache& cache, const int32_t* pages, int begin, int end, const Queries& queries,
+                  const Partials& partials) {
   constexpr int kAhead = 16;  // slots that are on their way while others are met
   const int key_size = cache.key_size(), width = static_cast<int>(mla::padded(key_size));
   thread_local std::vector<mla::Lanes> memory;
   memory.resize(kSlots * width / kLanes);
   float* rows = memory[0].of;
   for (int first = begin; first < end; first += kSlots) {
-    const int last = std::min(end, first + kSlots), count = last - first;
+    const int last = std::min(end, first + kSlots);
     for (int slot = first; slot < last; ++slot) {
-      if (slot + kAhead < std::max(end, length)) prefetch_slot(cache, pages, slot + kAhead);
+      if (slot + kAhead < std::max(end, queries.length)) prefetch_slot(cache, pages, slot + kAhead);
       float* row = rows + (slot - first) * width;
       read_slots(cache, cache.latent, pages, slot, slot + 1, row, width);
       read_slots(cache, cache.rope, pages, slot, slot + 1, row + cache.latent.size, width);
       std::fill(row + key_size, row + width, 0.0f);
     }
-    if (count % 2) std::fill(rows + count * width, rows + (count + 1) * width, 0.0f);
-    take(rows, width, first, last);
+    fold_floats<kSlots>(rows, key_size, rows, cache.latent.size, width, first, last, queries, partials);
   }
-}
-
-template <int kSlots>
-void fold_latents(const LatentCache& cache, const int32_t* pages, int begin, int end, const Queries& queries,
-                  const Partials& partials) {
-  const auto take = [&](const float* rows, int width, int first, int last) {
-    fold_floats<kSlots>(rows, cache.key_size(), rows, cache.latent.size, width, first, last, queries, partials);
-  };
-  for_each_tile<kSlots>(cache, pages, begin, end, queries.length, take);
 }
 
 // The same, of rows that are met as they lie in the cache.

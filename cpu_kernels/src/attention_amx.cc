@@ -1,10 +1,11 @@
 // What AMX adds to AVX-512: attention by products of tiles of bfloat16 numbers, 16 queries at a time.
 //
-// A product of two tiles multiplies pairs of bfloat16 numbers. Scores are keys [slots, pairs] times queries [pairs, 16], so
-// that a query is a lane of what follows. Its weights are turned once more, to be [16, pairs of slots], and meet values
-// [pairs of slots, 16 columns].
+// A product of two tiles multiplies pairs of bfloat16 numbers. Scores are keys [slots, pairs] times queries
+// [pairs, 16], so that a query is a lane of what follows. Its weights are turned once more, to be [16, pairs of slots], and meet
+// values [pairs of slots, 16 columns].
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <string_view>
 #include <vector>
 
@@ -15,10 +16,11 @@
 namespace MLA_ISA {
 
 constexpr int kTileSlots = 64;  // whose weights are found at a time
+constexpr int kKeptQueries = 512;  // of a prompt: with no more a thread keeps its memory
 constexpr float kLog2E = 1.44269504f;
 
-// 2 to the x, of numbers that are at most 0; nothing of minus infinity. Five terms of the series are more than enough for
-// what is rounded to bfloat16.
+// 2 to the x, of numbers that are at most 0; nothing of minus infinity. Five terms of the series are more than enough
+// for what is rounded to bfloat16.
 inline Vector power_of_two(Vector x) {
   const __mmask16 is_there = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(kNothing), _CMP_NEQ_UQ);
   const auto whole = (Vector)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -41,7 +43,7 @@ class TiledQueries {
     key_pairs_ = pairs_for(size) + pairs_for(rope);
     columns_ = static_cast<int>(mla::padded(value_size)) / kRows;
     blocks_.resize((queries.count + kRows - 1) / kRows);
-    rounded_.assign(static_cast<size_t>(kRows) * key_pairs_ / kPairs, {});
+    rounded_.resize(static_cast<size_t>(kRows) * key_pairs_ / kPairs);
     turned_.resize(blocks_.size() * key_pairs_);
     found_.assign(blocks_.size() * columns_ * kRows, {});
     const int64_t width = mla::padded(size + rope);
@@ -53,6 +55,7 @@ class TiledQueries {
       std::fill_n(block.sums, kRows, 0.0f);
       std::fill_n(block.limits, kRows, -1);
       std::fill(block.tops + block.count, block.tops + kRows, 0.0f);  // or their shrinking would look like work
+      std::fill(rounded_.begin() + block.count * key_pairs_ / kPairs, rounded_.end(), Pairs{});
       for (int q = 0; q < block.count; ++q) block.limits[q] = std::min(queries.positions[first + q], end - 1);
       block.first_limit = *std::min_element(block.limits, block.limits + block.count);
       block.last_limit = *std::max_element(block.limits, block.limits + block.count);
@@ -113,8 +116,8 @@ class TiledQueries {
     use(std::integral_constant<int, most>());
   }
 
-  // Turns the scores of `count` slots into weights, in pairs of slots up to a multiple of 32. Returns by what all that was
-  // summed before shrinks.
+  // Turns the scores of `count` slots into weights, in pairs of slots up to a multiple of 32. Returns by what all that
+  // was summed before shrinks.
   static Vector weigh(QueryBlock& block, int first, int count, float (*scores)[kRows], uint32_t (*weights)[kRows]) {
     auto& top = *reinterpret_cast<Vector*>(block.tops);
     auto& sum = *reinterpret_cast<Vector*>(block.sums);
@@ -149,21 +152,42 @@ class TiledQueries {
       for (int q = 0; q < kRows; ++q) *reinterpret_cast<Vector*>(found[c][q]) *= shrink[q];
   }
 
-  // A query that sees none of the slots keeps what it found: a value that is no number would spoil it.
+  // Adds the values of kHalves times 32 slots. Queries have weights of 0 for what they do not see, but what is no
+  // number would spoil them: then each meets by itself what it sees.
   template <int kHalves>
-  void add_values(TileFloats* found, const QueryBlock& block, int first, const uint32_t* values, int value_pairs) const {
-    const bool all_see = block.first_limit >= first;
-    const auto add = [&](int c, auto blocks) __attribute__((always_inline)) {
-      if (all_see) return add_tiles<blocks, kHalves>(values + c * kRows, value_pairs, found + c, found + c);
-      alignas(64) TileFloats sums[blocks];
-      add_tiles<blocks, kHalves>(values + c * kRows, value_pairs, found + c, sums);
-      for (int j = 0; j < blocks; ++j)
-        for (int q = 0; q < block.count; ++q)
-          if (block.limits[q] >= first) std::memcpy(found[c + j][q], sums[j][q], sizeof(sums[j][q]));
-    };
+  void add_values(TileFloats* found, const QueryBlock& block, int first, const uint32_t* values, int value_pairs) {
+    constexpr int kSlots = kHalves * kTileSlots / 2;
+    if (block.first_limit >= first + kSlots - 1 || all_finite(values, kSlots * value_pairs))
+      return add_columns<kHalves>(values, value_pairs, found, found);
+    std::vector<Pairs> seen(kSlots * value_pairs / kPairs);
+    std::vector<mla::Lanes> sums(columns_ * kRows);
+    auto* const tiles = reinterpret_cast<TileFloats*>(sums[0].of);
+    for (int q = 0; q < block.count; ++q) {
+      const int count = std::min(block.limits[q] + 1 - first, kSlots);
+      if (count <= 0) continue;
+      std::fill(seen.begin(), seen.end(), Pairs{});
+      std::copy_n(values, (count + 1) / 2 * 2 * value_pairs, seen[0].of);
+      if (count % 2)
+        for (int i = 0; i < 2 * value_pairs; ++i) seen[0].of[(count - 1) * value_pairs + i] &= 0xFFFF;
+      add_columns<kHalves>(seen[0].of, value_pairs, found, tiles);
+      for (int c = 0; c < columns_; ++c) std::memcpy(found[c][q], tiles[c][q], sizeof(found[c][q]));
+    }
+  }
+
+  static bool all_finite(const uint32_t* words, int count) {
+    const __m512i exponent = _mm512_set1_epi16(0x7F80);
+    __mmask32 others = 0;
+    for (int i = 0; i < count; i += kPairs)
+      others |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(load_pairs(words + i), exponent), exponent);
+    return others == 0;
+  }
+
+  // out = sums + weights times values.
+  template <int kHalves>
+  void add_columns(const uint32_t* values, int value_pairs, const TileFloats* sums, TileFloats* out) const {
     int c = 0;
-    for (; c + 4 <= columns_; c += 4) add(c, std::integral_constant<int, 4>());
-    for (; c < columns_; ++c) add(c, std::integral_constant<int, 1>());
+    for (; c + 4 <= columns_; c += 4) add_tiles<4, kHalves>(values + c * kRows, value_pairs, sums + c, out + c);
+    for (; c < columns_; ++c) add_tiles<1, kHalves>(values + c * kRows, value_pairs, sums + c, out + c);
   }
 
   int key_pairs_, columns_;  // pairs of a key, and registers of a value
@@ -216,9 +240,12 @@ class TiledWeight {
     alignas(64) float columns[kChunk][kRows];
     for (int block = 0; block < blocks; ++block)
       for (int first = 0; first < pairs_; first += kChunk / 2) {
-        matrix.format->columns(matrix, block * kRows, std::min(kRows, rows - block * kRows), first * 2 / kChunk, columns);
-        for (int i = 0; i < std::min(kChunk / 2, pairs_ - first); ++i)
-          _mm512_store_si512(words_[block * pairs_ + first + i].of, pair_up(_mm512_load_ps(columns[2 * i]), _mm512_load_ps(columns[2 * i + 1])));
+        const int row = block * kRows;
+        matrix.format->columns(matrix, row, std::min(kRows, rows - row), first * 2 / kChunk, columns);
+        for (int i = 0; i < std::min(kChunk / 2, pairs_ - first); ++i) {
+          const __m512 even = _mm512_load_ps(columns[2 * i]), odd = _mm512_load_ps(columns[2 * i + 1]);
+          _mm512_store_si512(words_[block * pairs_ + first + i].of, pair_up(even, odd));
+        }
       }
   }
 
@@ -288,12 +315,14 @@ void attend_tiled_head(const mla::HeadSlots& source, const Queries& queries, con
   const TileRegisters registers;
   thread_local RoundedSlots slots;
   slots.resize(kSlots, source.key_size, source.cache.rope.size, source.value_size);
-  thread_local TiledQueries tiled;
+  thread_local TiledQueries kept;
+  TiledQueries passing;
+  TiledQueries& tiled = queries.count <= kKeptQueries ? kept : passing;
   tiled.set(queries, source.key_size, source.cache.rope.size, source.value_size, source.end);
   const ExpandedHead head(source);
   for (int first = 0; first < source.end; first += kSlots) {
     const int count = std::min(kSlots, source.end - first);
-    head.expand(first, first + count, &slots);  // and zeros up to a multiple of 32
+    head.expand(first, first + count, &slots);
     tiled.fold(slots, first, count);
   }
   tiled.store(partials);

@@ -105,7 +105,8 @@ const mla::CacheType* cache_type(std::string_view name) {
 // The place of a slot, counted over all pages; -1 where there is no page.
 inline int64_t place_of(const LatentCache& cache, const int32_t* pages, int slot) {
   const int32_t page = pages[slot / cache.page_size];
-  return page < 0 || page >= cache.num_pages ? -1 : static_cast<int64_t>(page) * cache.page_size + slot % cache.page_size;
+  if (page < 0 || page >= cache.num_pages) return -1;
+  return static_cast<int64_t>(page) * cache.page_size + slot % cache.page_size;
 }
 
 void read_slots(const LatentCache& cache, const CachePart& part, const int32_t* pages, int begin, int end, float* out,

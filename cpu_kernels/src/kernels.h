@@ -165,7 +165,7 @@ struct Partials {
 struct HeadSlots {
   const LatentCache& cache;
   const int32_t* pages;
-  const Lanes* latents;  // and zeros after the last, up to a multiple of 32 slots
+  const Lanes* latents;  // up to a multiple of 32 slots: later ones, or zeros
   Matrix keys, values;   // [key_size, rank] and [value_size, rank]
   int key_size, value_size, end;
 };
@@ -194,8 +194,8 @@ struct Kernels {
   // are readable up to the next multiple of 16 slots.
   void (*attend_tile)(const float* keys, int key_size, const float* values, int value_size, int64_t stride, int begin,
                       int end, const Queries& queries, const Partials& partials);
-  // Rounds the latents in slots [begin, end) of a sequence to bfloat16, for `attend_head`: `rounded_lanes` of the rank for
-  // each, 16 slots at a time. Both are null where a head is left to `attend_tile`.
+  // Rounds the latents in slots [begin, end) of a sequence to bfloat16, for `attend_head`: `rounded_lanes` of the rank
+  // for each, 16 slots at a time. Both are null where a head is left to `attend_tile`.
   void (*round_latents)(const LatentCache& cache, const int32_t* pages, int begin, int end, Lanes* out);
   // Attends to slots of a head that are decompressed meanwhile.
   void (*attend_head)(const HeadSlots& slots, const Queries& queries, const Partials& partials);

@@ -1,4 +1,5 @@
-// From the down-projection to the cache: norm of the latent, rotary position, Hadamard rotation, codes, and where they go.
+// From the down-projection to the cache: norm of the latent, rotary position, Hadamard rotation, codes, and where they
+// go.
 #include <cmath>
 #include <vector>
 

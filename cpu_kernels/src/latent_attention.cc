@@ -12,7 +12,7 @@ constexpr int kSplitSlots = 128;  // twice as many slots of a sequence are more 
 constexpr int64_t kSplitScores = 2048;  // with few queries more slots: they must pay for merging
 constexpr int kMinQueries = 32, kMaxQueries = 256;  // of a task, where there are as many
 constexpr int kMaxTasks = 32;  // of a sequence, where slots are split: each keeps what it found until all are merged
-constexpr int kKeptRows = 4096;  // that tasks find: with so few a thread keeps its memory
+constexpr int kKeptRows = 4096;  // that tasks find: with no more a thread keeps its memory, 8 MB of a rank of 512
 
 // Some queries of a sequence, and some of its slots.
 struct Task {

@@ -155,7 +155,8 @@ void attend_all(ffi::ThreadPool& pool, const PrefillCall& call) {
     Latents latents{call.cache, call.pages + b * call.table, call.length(b), {}, {}};
     if (call.rounds())
       latents.round(pool);
-    else if (!call.keys.matrix.format->is_float || !call.values.matrix.format->is_float) latents.quantise(pool);
+    else if (!call.keys.matrix.format->is_float || !call.values.matrix.format->is_float)
+      latents.quantise(pool);
     parallel_for(pool, call.heads * parts, [&](int64_t task) {
       const int64_t n = task % call.heads, first = task / call.heads * step;
       const int64_t count = std::min(step, call.tokens - first);

@@ -48,7 +48,7 @@ const Kernels& with_bfloat16() {
 #endif
 
 #if defined(MLA_HAS_AMX)
-// The same, and AMX for attention.
+// AVX-512, and AMX for attention of many queries and to keys and values of a head.
 const Kernels& with_tiles() {
   static const Kernels all = [] {
     Kernels kernels = avx512::kernels;
@@ -155,8 +155,8 @@ extern "C" int mla_block_bytes(int n) { return mla::kernels().formats[n].bytes; 
 extern "C" int mla_reads_panels(int n) { return mla::kernels().formats[n].reads_panels; }
 extern "C" int mla_transposes_panels(int n) { return mla::kernels().formats[n].transposes_panels; }
 
-// Lays `panels` times 16 rows of blocks out in panels, where they are. Of a block all but a scale of two bytes at `scale`
-// (or nowhere: -1) is words of four bytes, and comes after it or before.
+// Lays `panels` times 16 rows of blocks out in panels, where they are. Of a block all but a scale of two bytes at
+// `scale` (or nowhere: -1) is words of four bytes, and comes after it or before.
 extern "C" void mla_to_panels(uint8_t* weight, int64_t panels, int64_t per_row, int64_t bytes, int64_t scale) {
   constexpr int kRows = mla::ActivationTile::kRows;
   const int64_t row_bytes = per_row * bytes, first = scale == 0 ? 2 : 0, words = bytes / 4;

@@ -7,8 +7,8 @@
 
 namespace MLA_ISA {
 
-// Asks for weights, which a token meets once. AMD's processors keep them from displacing what is used again. Intel's would
-// take them out of the cache that cores share, and each token would read them from memory anew.
+// Asks for weights, which a token meets once. AMD's processors keep them from displacing what is used again. Intel's
+// would take them out of the cache that cores share, and each token would read them from memory anew.
 inline void prefetch_weights(const uint8_t* first, int64_t bytes) {
   if (mla::passes_weights_by)
     for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(first + i, _MM_HINT_NTA);

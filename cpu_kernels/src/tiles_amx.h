@@ -28,7 +28,7 @@ template <int n>
 inline void load_tile(const void* first, int64_t stride) {
   asm volatile("tileloadd (%0,%1), %%tmm%c2" : : "r"(first), "r"(stride), "i"(n) : "memory");
 }
-// What will not be met again soon.
+// What comes from further away, and should not displace what is in the nearest cache.
 template <int n>
 inline void stream_tile(const void* first, int64_t stride) {
   asm volatile("tileloaddt1 (%0,%1), %%tmm%c2" : : "r"(first), "r"(stride), "i"(n) : "memory");

@@ -134,12 +134,36 @@ def test_a_token_does_not_see_how_a_prompt_is_cut(last):
     np.testing.assert_array_equal(of_last(last - 5, last + 140), alone)
 
 
-def test_a_nan_that_only_a_later_token_sees():
+@pytest.mark.parametrize("positions", [[100, 200], [130, 200], [157, 158], [128, 191]], ids=str)
+@pytest.mark.parametrize("spoil", [np.nan, np.inf])
+def test_what_is_no_number_spoils_only_who_sees_it(spoil, positions):
+    """Slot 158, in another tile of slots than those that the first token sees, and in the same."""
     rows, (weight, _) = _pool("f16", 64, 32, batch=1), _weight("f32", N * 64, 64)
-    spoiled = dataclasses.replace(rows, latent=rows.latent.at[rows.pages[0, 2], 30].set(jnp.nan))
-    out, whole = (_attend(some, weight, [[100, 200]]) for some in (spoiled, rows))
+    spoiled = dataclasses.replace(rows, latent=rows.latent.at[rows.pages[0, 2], 30].set(spoil))
+    out, whole = (_attend(some, weight, [positions]) for some in (spoiled, rows))
     np.testing.assert_array_equal(out[:, 0], whole[:, 0])
     assert np.isnan(out[:, 1]).all()
+    heads = 7  # two tokens together are many queries
+    q, q_rope = jnp.asarray(_draw(7, 1, 2, heads, 64)), jnp.asarray(_draw(8, 1, 2, heads, 32))
+    cache = lambda some: mla_on_cpu._cache(some, jnp.asarray([positions], jnp.int32))
+    out, whole = (cpu_kernels.latent_attention(q, q_rope, **cache(x), scale=SCALE) for x in (spoiled, rows))
+    np.testing.assert_array_equal(out[:, 0], whole[:, 0])
+    assert np.isnan(out[:, 1]).all()
+
+
+def test_many_queries_of_no_whole_registers():
+    """Absorbed, with 16 queries and 4, and rows of 100 and 18 numbers; queries do not see each other."""
+    rows, positions = _pool("f16", 100, 18, batch=1), jnp.asarray([[200]], jnp.int32)
+    q, q_rope = _draw(7, 1, 1, 20, 100), _draw(8, 1, 1, 20, 18)
+    call = lambda q: np.asarray(
+        cpu_kernels.latent_attention(
+            jnp.asarray(q), jnp.asarray(q_rope), **mla_on_cpu._cache(rows, positions), scale=SCALE
+        )
+    )
+    whole = call(q)
+    assert np.isfinite(whole).all()
+    q[:, :, :16] = np.nan
+    np.testing.assert_array_equal(call(q)[:, :, 16:], whole[:, :, 16:])
 
 
 @pytest.mark.parametrize("missing", [-1, 2**31 - 1])
