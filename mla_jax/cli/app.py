@@ -149,18 +149,20 @@ def _raising_on_sigterm() -> Iterator[None]:
         raise _Terminated
 
     def once_more(unraisable):
-        """Sends the signal again where the exception came up in a callback that lets none out, as JAX has."""
+        """Has an alarm raise it again where it came up in a callback that lets none out, as JAX has."""
         if unraisable.exc_type is _Terminated:
-            threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
         else:
             hook(unraisable)
 
-    before, hook = signal.signal(signal.SIGTERM, stop), sys.unraisablehook
-    sys.unraisablehook = once_more
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGALRM)}
+    hook, sys.unraisablehook = sys.unraisablehook, once_more
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         sys.unraisablehook = hook
 
 
