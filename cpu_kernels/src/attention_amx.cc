@@ -1,12 +1,11 @@
 // What AMX adds to AVX-512: attention by products of tiles of bfloat16 numbers, 16 queries at a time.
 //
 // A product of two tiles multiplies pairs of bfloat16 numbers. Scores are keys [slots, pairs] times queries
-// [pairs, 16], so that a query is a lane of what follows. Its weights are turned once more, to be [16, pairs of slots], and meet
-// values [pairs of slots, 16 columns].
+// [pairs, 16], so that a query is a lane of what follows. Its weights are turned once more, to be
+// [16, pairs of slots], and meet values [pairs of slots, 16 columns].
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <string_view>
 #include <vector>
 
 #include "rounded.h"
@@ -72,7 +71,7 @@ class TiledQueries {
         fold_block(i, slots, s, first + s, std::min({kTileSlots, count - s, blocks_[i].last_limit + 1 - first - s}));
   }
 
-  void store(const Partials& partials) const {
+  void store(const Partials& partials) {
     for (size_t i = 0; i < blocks_.size(); ++i) {
       const QueryBlock& block = blocks_[i];
       for (int q = 0; q < block.count; ++q) partials.tops[i * kRows + q] = block.tops[q] / kLog2E;
@@ -85,9 +84,6 @@ class TiledQueries {
 
  private:
   TileFloats* found(size_t block) { return reinterpret_cast<TileFloats*>(found_[block * columns_ * kRows].of); }
-  const TileFloats* found(size_t block) const {
-    return reinterpret_cast<const TileFloats*>(found_[block * columns_ * kRows].of);
-  }
 
   void fold_block(size_t i, RoundedSlots& slots, int place, int first, int count) {
     QueryBlock& block = blocks_[i];
@@ -198,8 +194,7 @@ class TiledQueries {
 
 void attend_tiled_latents(const LatentCache& cache, const int32_t* pages, int begin, int end, const Queries& queries,
                           const Partials& partials) {
-  if (queries.count < kManyQueries || cache.latent.type->name == std::string_view("f32"))
-    return attend_latents(cache, pages, begin, end, queries, partials);
+  if (!rounds(cache, queries)) return attend_latents(cache, pages, begin, end, queries, partials);
   const TileRegisters registers;
   thread_local RoundedSlots slots;
   thread_local TiledQueries tiled;
@@ -222,10 +217,7 @@ void round_latents(const LatentCache& cache, const int32_t* pages, int begin, in
   row.resize(width);
   for (int i = 0; i < end - begin; ++i) {
     const int64_t place = place_of(cache, pages, begin + i);
-    if (place < 0)
-      std::fill_n(row.begin(), width, mla::Lanes{});
-    else
-      round(cache.latent, place, reinterpret_cast<uint32_t*>(row[0].of));
+    round_place(round, cache.latent, place, reinterpret_cast<uint32_t*>(row[0].of));
     for (int64_t c = 0; c < width; ++c) out[(i / kRows * width + c) * kRows + i % kRows] = row[c];
   }
 }
@@ -280,11 +272,7 @@ class ExpandedHead {
     const RoundRow round = rounding_of(source_.cache.rope);
     for (int slot = begin; slot < end; ++slot) {
       const int64_t place = place_of(source_.cache, source_.pages, slot);
-      uint32_t* const rope = out->key(slot - begin) + pairs_for(source_.key_size);
-      if (place < 0)
-        std::fill_n(rope, pairs_for(source_.cache.rope.size), 0);
-      else
-        round(source_.cache.rope, place, rope);
+      round_place(round, source_.cache.rope, place, out->key(slot - begin) + pairs_for(source_.key_size));
     }
     for (int block = 0; block * kRows < source_.value_size; block += 2)
       for (int slot = 0; slot < end - begin; slot += 2 * kRows) {

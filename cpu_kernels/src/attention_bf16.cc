@@ -1,6 +1,5 @@
 // What AVX-512 with products of bfloat16 numbers adds to AVX-512.
 #include <cstdint>
-#include <string_view>
 #include <vector>
 
 #include "rounded.h"
@@ -9,9 +8,7 @@ namespace MLA_ISA {
 
 void attend_rounded_latents(const LatentCache& cache, const int32_t* pages, int begin, int end, const Queries& queries,
                             const Partials& partials) {
-  // Rounding a tile pays with many queries, and whoever keeps float32 wants exactness.
-  if (queries.count < kManyQueries || cache.latent.type->name == std::string_view("f32"))
-    return attend_latents(cache, pages, begin, end, queries, partials);
+  if (!rounds(cache, queries)) return attend_latents(cache, pages, begin, end, queries, partials);
   thread_local RoundedSlots slots;
   thread_local std::vector<Pairs> rounded;
   slots.resize(PairTile::kSlots, cache.latent.size, cache.rope.size, cache.latent.size);

@@ -143,6 +143,7 @@ struct LatentCache {
   int num_pages, page_size;
 
   int key_size() const { return latent.size + rope.size; }
+  bool is_exact() const { return latent.type->name == std::string_view("f32"); }  // and nothing may be rounded
 };
 
 // Queries [count, padded key size]; each sees the slots up to its position.

@@ -143,7 +143,7 @@ struct PrefillCall : AttentionCall {
   bool rounds() const {
     return kernels().attend_head != nullptr && keys.matrix.format->columns != nullptr &&
            values.matrix.format->columns != nullptr &&
-           cache.latent.type->name != std::string_view("f32");
+           !cache.is_exact();
   }
 };
 

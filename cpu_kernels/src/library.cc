@@ -34,26 +34,20 @@ namespace mla {
 
 namespace {
 
-#if defined(MLA_HAS_AVX512BF16)
+#if defined(MLA_HAS_AVX512)
 // AVX-512 but for attention.
-const Kernels& with_bfloat16() {
-  static const Kernels all = [] {
-    Kernels kernels = avx512::kernels;
-    kernels.name = "avx512bf16";
-    kernels.attend_latents = avx512bf16::attend_rounded_latents;
-    return kernels;
-  }();
-  return all;
+[[maybe_unused]] Kernels attending_by(const char* name, decltype(Kernels::attend_latents) attend_latents) {
+  Kernels kernels = avx512::kernels;
+  kernels.name = name;
+  kernels.attend_latents = attend_latents;
+  return kernels;
 }
 #endif
 
 #if defined(MLA_HAS_AMX)
-// AVX-512, and AMX for attention of many queries and to keys and values of a head.
 const Kernels& with_tiles() {
   static const Kernels all = [] {
-    Kernels kernels = avx512::kernels;
-    kernels.name = "amx";
-    kernels.attend_latents = amx::attend_tiled_latents;
+    Kernels kernels = attending_by("amx", amx::attend_tiled_latents);
     kernels.round_latents = amx::round_latents;
     kernels.attend_head = amx::attend_tiled_head;
     return kernels;
@@ -86,7 +80,8 @@ const Kernels* available(int n) {
     if (__builtin_cpu_supports("avx512bf16") && has_tiles()) found[count++] = &with_tiles();
 #endif
 #if defined(MLA_HAS_AVX512BF16)
-    if (__builtin_cpu_supports("avx512bf16")) found[count++] = &with_bfloat16();
+    static const Kernels with_bfloat16 = attending_by("avx512bf16", avx512bf16::attend_rounded_latents);
+    if (__builtin_cpu_supports("avx512bf16")) found[count++] = &with_bfloat16;
 #endif
     found[count++] = &avx512::kernels;
   }

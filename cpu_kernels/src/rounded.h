@@ -12,6 +12,11 @@
 
 namespace MLA_ISA {
 
+// Rounding slots pays with many queries, and whoever keeps float32 wants exactness.
+inline bool rounds(const LatentCache& cache, const Queries& queries) {
+  return queries.count >= kManyQueries && !cache.is_exact();
+}
+
 // A register's pairs, a multiple of 64 bytes in memory.
 struct alignas(64) Pairs {
   uint32_t of[kPairs];
@@ -58,6 +63,14 @@ inline RoundRow rounding_of(const CachePart& part) {
   return type == "f16" ? round_halves : type == "bf16" ? copy_rounded : round_row;
 }
 
+// Rounds part of the row at a place with `round`; zeros where there is no page.
+inline void round_place(RoundRow round, const CachePart& part, int64_t place, uint32_t* out) {
+  if (place < 0)
+    std::fill_n(out, pairs_for(part.size), 0);
+  else
+    round(part, place, out);
+}
+
 // Rounds queries, whose rows have `size` numbers and `rope` that are rotated, each to whole registers.
 inline void round_queries(const float* rows, int count, int size, int rope, float factor, uint32_t* out) {
   const int width = static_cast<int>(mla::padded(size + rope));
@@ -91,12 +104,8 @@ class RoundedSlots {
       if (slot + kAhead < std::max(end, length)) prefetch_slot(cache, pages, slot + kAhead);
       const int64_t place = place_of(cache, pages, slot);
       uint32_t* const row = key(slot - begin);
-      if (place < 0) {
-        std::fill_n(row, key_pairs, 0);
-      } else {
-        latent(cache.latent, place, row);
-        rope(cache.rope, place, row + value_pairs);
-      }
+      round_place(latent, cache.latent, place, row);
+      round_place(rope, cache.rope, place, row + value_pairs);
       if ((slot - begin) % 2) pair_values(slot - 1 - begin);
     }
     if ((end - begin) % 2) {

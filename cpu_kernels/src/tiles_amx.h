@@ -59,7 +59,7 @@ constexpr int kRows = 16;  // of a tile
 
 using TileFloats = float[kRows][kRows];
 
-// scores[s][q] of kBlocks times 16 slots; keys are `stride` bytes apart.
+// scores[s][q] of kBlocks times 16 slots.
 template <int kBlocks>
 void score_tiles(const uint32_t* keys, int key_pairs, const uint32_t* queries, TileFloats* scores) {
   const int64_t stride = 4 * key_pairs;

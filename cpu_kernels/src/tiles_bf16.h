@@ -12,7 +12,7 @@ namespace MLA_ISA {
 constexpr int kPairs = 16;  // in a register
 
 // Whole registers of pairs for so many numbers.
-inline int pairs_for(int size) { return (size + 2 * kPairs - 1) / (2 * kPairs) * kPairs; }
+inline int pairs_for(int size) { return static_cast<int>(mla::rounded_lanes(size)) * kPairs; }
 
 inline __m512i load_pairs(const uint32_t* p) { return _mm512_loadu_si512(p); }
 
