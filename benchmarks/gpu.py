@@ -13,6 +13,10 @@ XLA reference  the reference that defines the op, as XLA compiles it
 expand to f16  decode: the whole cache is written to memory as float16, then attended to, as ik_llama.cpp does
 cuDNN          prefill: `jax.nn.dot_product_attention` of joined queries and keys (joined before the clock
                runs), and values filled up with zeros to their width
+torch, flash_mla, flashinfer, vllm
+               those of `--libraries` that are installed, a cache of bfloat16: PyTorch's own attention (decode
+               over rows in order, without pages), FlashMLA (out of vLLM too), FlashInfer, vLLM's Triton
+               kernel; `benchmarks/gpu_peers.py` tells how they are run
 
 A figure is the median of `--repeats` runs after one that warms up. A run is many calls in one jit, each of
 which waits for the one before, and calls of decode in a row read other pages and other experts, so that the
@@ -23,7 +27,8 @@ grid takes longer than ten minutes, so give one of the `--parts` at a time, `--n
 
 Bars are checked where they apply: decode of at least 256k cached tokens with 16 heads >= 75% (float16 and
 bfloat16), 55% (q8_0), 40% (q4_0) of the copy, with 128 heads >= 300 TFLOP/s, quantised 230; decode ahead of
-"expand to f16"; prefill >= 350 TFLOP/s; experts of one token and a whole model >= 60% of the copy.
+"expand to f16" and of vLLM's Triton kernel; prefill >= 350 TFLOP/s; experts of one token and a whole model
+>= 60% of the copy.
 
 Prints a table, and as its last line one JSON object. Without a GPU it ends with code 2, unless an
 `--implementation` says how to compute anyway, which is for trying the command out at small sizes; a whole
@@ -43,7 +48,7 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_cases, gpu_measure, gpu_model_cases, machine  # noqa: E402
+from benchmarks import gpu_cases, gpu_measure, gpu_model_cases, gpu_peers, machine  # noqa: E402
 from checkpoints_tools.plan import is_preset  # noqa: E402
 from mla_jax import presets, quant  # noqa: E402
 from pallas_kernels import cache_tiles, dispatch, weight_tiles  # noqa: E402
@@ -67,6 +72,7 @@ _WHOLE_MODELS = flags.DEFINE_list(
     "whole_models", ["deepseek-v2-lite"], "model: GGUF files, or presets in the first format."
 )
 _PEERS = flags.DEFINE_bool("peers", True, "measure the peers too.")
+_LIBRARIES = flags.DEFINE_list("libraries", list(gpu_peers.LIBRARIES), "of PyTorch, as far as installed.")
 _IMPLEMENTATION = flags.DEFINE_string("implementation", None, f"of the kernels, one of {dispatch.NAMES}.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "runs, after one that warms up.", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 0, "calls in a run; 0: about 10 ms of them.", lower_bound=0)
@@ -112,6 +118,7 @@ def _numbers(flag, texts):
 def _check_flags():
     choices = dict(parts=(_PARTS, PARTS), cache_types=(_CACHE_TYPES, tuple(cache_tiles.TYPES)))
     choices |= dict(models=(_MODELS, tuple(gpu_cases.EXPERTS)), formats=(_FORMATS, FORMATS))
+    choices |= dict(libraries=(_LIBRARIES, gpu_peers.LIBRARIES))
     for name, (flag, known) in choices.items():
         for value in flag.value:
             if value not in known:
@@ -134,6 +141,7 @@ def _machine():
         jax=jax.__version__,
         commit=machine.commit(),
         command=machine.command("benchmarks/gpu.py", sys.argv[1:]),
+        libraries=gpu_peers.versions() if _PEERS.value else {},
     )
 
 
@@ -165,7 +173,7 @@ def main(argv):
         if time.monotonic() - _BEGAN > _MINUTES.value * 60:
             row = gpu_measure.left_out(case, f"{_MINUTES.value:g} minutes are over")
         else:
-            settings = dict(memory=memory, has_peers=_PEERS.value)
+            settings = dict(memory=memory, has_peers=_PEERS.value, libraries=_LIBRARIES.value)
             row = gpu_measure.measure(case, ceilings, **settings, **counts)
         result["rows"].append(row)
         print("\n".join(gpu_measure.lines(row)), flush=True)

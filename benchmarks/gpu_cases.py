@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from benchmarks import gpu_peers
 from mla_jax import quant
 from mla_jax.nn import moe
 from pallas_kernels import cache_tiles, flash_mla_decode, flash_mla_prefill, grouped_matmul, weight_tiles
@@ -74,6 +75,7 @@ class Case:
       cost: of one call, whatever the way.
       operands: draws them.
       ways: by name, `OURS` first.
+      peers: by library, of other ways with operands of their own, see `gpu_peers`.
       bars: what `OURS` must reach.
     """
 
@@ -82,6 +84,7 @@ class Case:
     cost: pl.CostEstimate
     operands: Callable[[], tuple]
     ways: dict[str, Way]
+    peers: dict[str, gpu_peers.Peer] = dataclasses.field(default_factory=dict)
     bars: tuple[Bar, ...] = ()
 
 
@@ -149,7 +152,14 @@ def _decode_case(B, S, N, name, *, implementation, cold_bytes=COLD_BYTES):
     op = lambda chosen: functools.partial(attend, implementation=chosen)
     row, scores = RANK + ROPE, B * N * S
     is_large = B * S >= LARGE_CACHE
-    bars = [Bar(of=EXPANDED, least=1.0)]
+    bars, peers, num_sets = (
+        [Bar(of=EXPANDED, least=1.0)],
+        {},
+        max(1, pl.cdiv(cold_bytes, cost.bytes_accessed)),
+    )
+    if name == "bf16":
+        peers = gpu_peers.decode_peers(B, S, N, RANK, ROPE, num_sets=num_sets, sm_scale=_SCALE)
+        bars.append(Bar(of=gpu_peers.VLLM, least=1.0))
     if is_large and N <= 16 and name in _COPY_BARS:
         bars.append(Bar(of="copy", least=_COPY_BARS[name]))
     if is_large and N >= 128:
@@ -158,7 +168,7 @@ def _decode_case(B, S, N, name, *, implementation, cold_bytes=COLD_BYTES):
         part="decode",
         sizes=dict(batch=B, context=S, heads=N, cache=name),
         cost=cost,
-        operands=functools.partial(_decode_operands, B, S, N, name, pl.cdiv(cold_bytes, cost.bytes_accessed)),
+        operands=functools.partial(_decode_operands, B, S, N, name, num_sets),
         ways={
             OURS: way(op(implementation)),
             REFERENCE: way(op("reference"), 2 * _bytes(B, S, row, size=4) + 3 * 4 * scores),
@@ -166,13 +176,14 @@ def _decode_case(B, S, N, name, *, implementation, cold_bytes=COLD_BYTES):
                 functools.partial(_attend_expanded, name=name), _bytes(B, S, row, size=2 + 4) + 10 * scores
             ),
         },
+        peers=peers,
         bars=tuple(bars),
     )
 
 
 def _decode_operands(B, S, N, name, num_sets):
     """Returns queries, a pool, tables of pages for as many calls as `num_sets`, and positions."""
-    num_sets, num_pages = max(1, num_sets), pl.cdiv(S, PAGE_SIZE)
+    num_pages = pl.cdiv(S, PAGE_SIZE)
     q, q_rope = _normal((B, 1, N, RANK), (B, 1, N, ROPE))
     Z = num_sets * B * num_pages
     if cache_tiles.TYPES[name].low_bits == 8 and 2**31 < Z * PAGE_SIZE * RANK <= 2**32:
@@ -267,6 +278,7 @@ def _prefill_case(T, N, implementation):
                 first=lambda operands: operands[0],
             ),
         },
+        peers=gpu_peers.prefill_peers(T, N, NOPE + ROPE, VALUE, sm_scale=_SCALE),
         bars=(Bar(of="TFLOP/s", least=350.0),),
     )
 

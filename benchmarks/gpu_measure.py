@@ -3,11 +3,12 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import gpu_peers
 from benchmarks.gpu_cases import OURS, Case, Way
 
 _RUN_SECONDS, _MOST_CALLS = 0.01, 100
@@ -73,7 +74,14 @@ def measure_ceilings(*, copied: int, product: int, calls: int, repeats: int) -> 
 
 
 def measure(
-    case: Case, ceilings: Ceilings, *, memory: float | None, calls: int, repeats: int, has_peers: bool = True
+    case: Case,
+    ceilings: Ceilings,
+    *,
+    memory: float | None,
+    calls: int,
+    repeats: int,
+    has_peers: bool = True,
+    libraries: Container[str] = gpu_peers.LIBRARIES,
 ) -> dict:
     """Runs the ways of a case.
 
@@ -84,6 +92,7 @@ def measure(
       calls: of a run; 0 for as many as take about 10 ms at the ceiling, for peers fewer.
       repeats: runs.
       has_peers: whether to run more than the kernel.
+      libraries: of the peers by PyTorch that run.
 
     Returns:
       The row of the result: sizes, cost, figures of each way or why there are none, and bars.
@@ -93,20 +102,29 @@ def measure(
     row |= dict(bound_seconds=bound, binding=binding, ways={})
     held, operands = _bytes_of(jax.eval_shape(case.operands)), None
     most = calls or min(_MOST_CALLS, max(2, round(_RUN_SECONDS / bound)))
+    few = calls or min(most, max(5, most // 10))
     for name, way in case.ways.items() if has_peers else [(OURS, case.ways[OURS])]:
         need = held + 2 * _bytes_of(way.result) + way.workspace
         if memory is not None and need > memory:
             row["ways"][name] = dict(skipped=f"needs {need / 2**30:.3g} GiB of {memory / 2**30:.3g}")
             continue
-        num_calls = most if name == OURS or calls else min(most, max(5, most // 10))
+        num_calls = most if name == OURS else few
         try:
             operands = jax.jit(case.operands)() if operands is None else operands
             runs = seconds_per_call(way, way.prepare(operands), calls=num_calls, repeats=repeats)
         except (RuntimeError, ValueError) as error:  # of memory, of shapes that it cannot take
-            reason = str(error).strip().partition("\n")[0]
-            row["ways"][name] = dict(skipped=f"{type(error).__name__}: {reason}")
+            row["ways"][name] = _failed(error)
         else:
             row["ways"][name] = _figures(case.cost, runs, num_calls, bound)
+    for name, peer in case.peers.items() if has_peers else ():
+        if name not in libraries:
+            continue
+        try:
+            runs = gpu_peers.seconds_per_call(peer, calls=few, repeats=repeats)
+        except Exception as error:  # whatever a library raises, or that it is not there
+            row["ways"][name] = _failed(error)
+        else:
+            row["ways"][name] = _figures(case.cost, runs, few, bound)
     return row | dict(bars=[_judge(bar, row["ways"], ceilings) for bar in case.bars])
 
 
@@ -117,6 +135,11 @@ def left_out(case: Case, reason: str) -> dict:
 
 def _bytes_of(shapes):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def _failed(error):
+    reason = str(error).strip().partition("\n")[0]
+    return dict(skipped=f"{type(error).__name__}: {reason}")
 
 
 def _figures(cost, runs, calls, bound):

@@ -13,7 +13,7 @@ import pytest
 import synthetic
 from jax.experimental import pallas as pl
 
-from benchmarks import abstract_gpu, gpu_cases, gpu_measure
+from benchmarks import abstract_gpu, gpu_cases, gpu_measure, gpu_peers
 from benchmarks.gpu_cases import CUDNN, EXPANDED, OURS, REFERENCE, Bar, Case, Way
 from checkpoints_tools.gguf_file import open_gguf
 
@@ -41,28 +41,31 @@ def test_command(tmp_path):
     synthetic.write_deepseek2(model, weight_type="Q8_0", sizes=dict(kv_lora=64, rope=32))
     sizes += f" --whole_models {model}"
     counts = "--expert_shape 256,64,4,2 --calls 2 --repeats 3 --copy_mib 0.1 --product 64 --cold_mib 1"
+    counts += " --libraries torch"
     done = _run("--implementation", "reference", *sizes.split(), *counts.split(), f"--out={out}")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result == json.loads(out.read_text())
     assert (result["device"], result["jax"]) == ("cpu", jax.__version__)
-    assert result["command"].endswith("--cold_mib 1 --out=gpu.json") and result["commit"]
+    assert result["command"].endswith("--libraries torch --out=gpu.json") and result["commit"]
     assert result["copy_gb_per_second"] > 0 and result["product_tflops"] > 0
     rows = {row["part"]: row for row in result["rows"]}
     assert {part: list(row["ways"]) for part, row in rows.items()} == dict(
-        prefill=[OURS, REFERENCE, CUDNN],
+        prefill=[OURS, REFERENCE, CUDNN, "torch"],
         experts=[OURS, REFERENCE],
         model=[OURS],
         decode=[OURS, REFERENCE, EXPANDED],
     )
     assert "cuDNN" in rows["prefill"]["ways"][CUDNN].pop("skipped")
+    by_torch = rows["prefill"]["ways"].pop("torch")
+    assert len(by_torch.get("runs", ())) == 3 or "torch" in by_torch["skipped"]
     assert rows["experts"]["sizes"] == dict(model="256x64x4x2", tokens=1, format="q4_K", down="q8_0")
     assert rows["model"]["sizes"] == dict(model=model.name, format="file", context=80, cache="q4_0")
     assert rows["model"]["bytes"] == 32 * (_bytes_of_a_token(model) + 80 * 3 * (64 + 32) * 18 / 32)
     for row in rows.values():
         for way in filter(None, row["ways"].values()):
             assert len(way["runs"]) == 3 and way["seconds"] == sorted(way["runs"])[1]
-    assert len(done.stdout.splitlines()) == 2 + 9 + 1
+    assert len(done.stdout.splitlines()) == 2 + 10 + 1
 
 
 def _bytes_of_a_token(path):
@@ -78,9 +81,10 @@ def _bytes_of_a_token(path):
     ("arguments", "sentence"),
     [
         (["--parts", "decode,train"], "--parts must be of decode, prefill, experts, model, got 'train'."),
+        (["--libraries", "numpy"], "--libraries must be of torch, flash_mla, flashinfer, vllm, got 'numpy'."),
         (["--heads", "16,x"], "--heads must be whole numbers from 1 on, got 'x'."),
     ],
-    ids=["parts", "heads"],
+    ids=["parts", "libraries", "heads"],
 )
 def test_flags_that_cannot_be_are_refused(arguments, sentence):
     done = _run("--implementation", "reference", *arguments)
@@ -243,7 +247,7 @@ def test_bars_are_those_of_large_caches():
     sizes = [1, 128], [2048], [16, 128], ["bf16", "q8_0", "q4_0", "q6_0"]
     bars = {
         (case.sizes["batch"], case.sizes["heads"], case.sizes["cache"]): [
-            (bar.of, bar.least) for bar in case.bars if bar.of != EXPANDED
+            (bar.of, bar.least) for bar in case.bars if bar.of not in (EXPANDED, gpu_peers.VLLM)
         ]
         for case in gpu_cases.decode_cases(*sizes, implementation="reference")
     }
