@@ -202,7 +202,7 @@ void attend_tiled_latents(const LatentCache& cache, const int32_t* pages, int be
   tiled.set(queries, cache.latent.size, cache.rope.size, cache.latent.size, end);
   for (int first = begin; first < end; first += kTileSlots) {
     const int last = std::min(end, first + kTileSlots);
-    slots.read_latents(cache, pages, first, last, queries.length);
+    slots.read_latents(cache, pages, first, last);
     slots.clear_values(last - first, kTileSlots / 2);
     tiled.fold(slots, first, last - first);
   }

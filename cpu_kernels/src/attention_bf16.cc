@@ -18,7 +18,7 @@ void attend_rounded_latents(const LatentCache& cache, const int32_t* pages, int 
                          static_cast<int>(mla::padded(cache.latent.size))};
   for (int first = begin; first < end; first += PairTile::kSlots) {
     const int last = std::min(end, first + PairTile::kSlots);
-    slots.read_latents(cache, pages, first, last, queries.length);
+    slots.read_latents(cache, pages, first, last);
     fold_all(tile, first, last, queries, partials);
   }
 }

@@ -95,13 +95,11 @@ class RoundedSlots {
   uint32_t* key(int slot) { return keys_[0].of + static_cast<int64_t>(slot) * key_pairs; }
   uint32_t* value(int slot) { return values_[0].of + static_cast<int64_t>(slot) * value_pairs; }  // of an even one
 
-  // Makes slots [begin, end) of a cache; an odd number is followed by zeros. Of `length` slots those that come next are
-  // asked for meanwhile.
-  void read_latents(const LatentCache& cache, const int32_t* pages, int begin, int end, int length) {
-    constexpr int kAhead = 16;  // slots that are on their way while others are read
+  // Makes slots [begin, end) of a cache; an odd number is followed by zeros. None is asked for ahead: the processor does
+  // so by itself within a page, and more would wait for what is on its way.
+  void read_latents(const LatentCache& cache, const int32_t* pages, int begin, int end) {
     const RoundRow latent = rounding_of(cache.latent), rope = rounding_of(cache.rope);
     for (int slot = begin; slot < end; ++slot) {
-      if (slot + kAhead < std::max(end, length)) prefetch_slot(cache, pages, slot + kAhead);
       const int64_t place = place_of(cache, pages, slot);
       uint32_t* const row = key(slot - begin);
       round_place(latent, cache.latent, place, row);
