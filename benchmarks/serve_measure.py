@@ -122,9 +122,17 @@ def _ask_client(host, port, bodies, num_streams):
     return json.loads(done.stdout)
 
 
+def _ask(server, bodies, num_streams):
+    try:
+        return _ask_client(server.host, server.port, bodies, num_streams)
+    except RuntimeError:
+        server.check()
+        raise
+
+
 def _run(server, work, round_, prompt, streams):
     cpu_began = server.cpu_seconds()
-    answer = _ask_client(server.host, server.port, work.bodies(round_, prompt), streams)
+    answer = _ask(server, work.bodies(round_, prompt), streams)
     cpu_ended = server.cpu_seconds()
     texts, seconds = answer["texts"], answer["seconds"]
     for text in texts:
@@ -148,7 +156,7 @@ def _run(server, work, round_, prompt, streams):
 
 
 def _run_prefix(server, work, round_):
-    cold, warm = [_ask_client(server.host, server.port, [body], 1)["texts"][0] for body in work.pair(round_)]
+    cold, warm = [_ask(server, [body], 1)["texts"][0] for body in work.pair(round_)]
     for text in (cold, warm):
         _check(server, text, _PREFIX_PREDICT)
     first = lambda text: text["times"][0] - text["began"]

@@ -30,7 +30,9 @@ class Server:
       start_seconds: from the start of the process until it was healthy, None if it ran before.
     """
 
-    def __init__(self, name: str, host: str, port: int, command: Sequence[str] | None = None):
+    def __init__(
+        self, name: str, host: str, port: int, command: Sequence[str] | None = None, folder: str | None = None
+    ):
         """Waits until the server is up.
 
         Args:
@@ -38,6 +40,7 @@ class Server:
           host: where it listens.
           port: where it listens.
           command: starts it; None if it runs already.
+          folder: that it is started in, which some write logs to.
 
         Raises:
           RuntimeError: if it ends, or is not healthy in time; its log is in the message.
@@ -46,7 +49,7 @@ class Server:
         self._log = tempfile.TemporaryFile()
         self._child, began = None, time.monotonic()
         if command is not None:
-            self._child = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, cwd=_ROOT)
+            self._child = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, cwd=folder)
         try:
             self._wait(began + _START_SECONDS)
         except BaseException:
@@ -59,6 +62,11 @@ class Server:
         """Returns the body of a `GET`. Raises OSError if there is none."""
         with urllib.request.urlopen(f"http://{self.host}:{self.port}{path}", timeout=60) as answer:
             return answer.read()
+
+    def check(self) -> None:
+        """Raises RuntimeError with the end of its log if its process has ended."""
+        if self._child is not None and self._child.poll() is not None:
+            raise RuntimeError(f"{self.name} ends with {self._child.returncode}:\n{self._tail()}")
 
     def cpu_seconds(self) -> float | None:
         """Returns what its process has taken of all cores so far, None if it is not known."""
@@ -100,8 +108,7 @@ class Server:
                 return
             except (urllib.error.URLError, ConnectionError) as error:
                 reason = error
-            if self._child is not None and self._child.poll() is not None:
-                raise RuntimeError(f"{self.name} ends with {self._child.returncode}:\n{self._tail()}")
+            self.check()
             if self._child is None or time.monotonic() > deadline:
                 raise RuntimeError(f"{self.name} must be healthy, got {reason}.\n{self._tail()}")
             time.sleep(0.2)
@@ -115,14 +122,20 @@ def ours(name: str, model: str, *, slots: int, ctx_size: int, more: Sequence[str
     """Starts `mla-jax serve` on a file, with further flags `more`."""
     port = _free_port()
     command = [sys.executable, "-m", "mla_jax", "serve", *_common(model, slots, ctx_size, port), *more]
-    return Server(name, "127.0.0.1", port, command)
+    return Server(name, "127.0.0.1", port, command, str(_ROOT))
 
 
 def peer(name: str, program: str, model: str, *, slots: int, ctx_size: int, more: Sequence[str]) -> Server:
     """Starts a `llama-server` on a file, a thread per core of this process, with further flags `more`."""
     port, threads = _free_port(), str(len(os.sched_getaffinity(0)))
-    command = [shutil.which(program), *_common(model, slots, ctx_size, port), "-t", threads, *more]
-    return Server(name, "127.0.0.1", port, command)
+    command = [
+        os.path.abspath(shutil.which(program)),
+        *_common(model, slots, ctx_size, port),
+        "-t",
+        threads,
+        *more,
+    ]
+    return Server(name, "127.0.0.1", port, command, tempfile.gettempdir())
 
 
 def stub() -> tuple[subprocess.Popen, int]:

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -141,6 +142,22 @@ def test_a_process_that_ends_is_told_with_its_log():
     command = [sys.executable, "-c", "print('no such file'); raise SystemExit(3)"]
     with pytest.raises(RuntimeError, match="ours ends with 3:\nno such file"):
         serve_process.Server("ours", "127.0.0.1", serve_process._free_port(), command)
+
+
+def test_a_peer_that_ends_while_it_is_asked_is_told_with_its_log(tmp_path):
+    program = tmp_path / "llama-server"
+    serving = [
+        "port = int(sys.argv[sys.argv.index('--port') + 1])",
+        "listener = socket.create_server(('', port))",
+    ]
+    healthy = ["it = listener.accept()[0]", "it.recv(999)", "it.sendall(b'HTTP/1.1 200 OK\\r\\n\\r\\n')"]
+    ending = ["it.close()", "listener.accept()", "print('aborted in', os.getcwd())", "os._exit(4)"]
+    lines = [f"#!{sys.executable} -u", "import os, socket, sys", *serving, *healthy, *ending]
+    program.write_text("\n".join(lines))
+    program.chmod(0o755)
+    with serve_process.peer("peer", str(program), "a.gguf", slots=1, ctx_size=9, more=[]) as server:
+        with pytest.raises(RuntimeError, match=f"peer ends with 4:\naborted in {tempfile.gettempdir()}"):
+            list(serve_measure.measure([server], _work()))
 
 
 def test_the_client_alone_is_fast():
