@@ -210,7 +210,9 @@ struct Kernels {
   }
 };
 
-extern const bool passes_weights_by;  // whether weights are read past the caches: see `prefetch_weights`
+// Whether weights are asked for ahead of their products. AMD's processors are the faster for it. Intel's ask by themselves,
+// and what is asked for besides waits with that.
+extern const bool asks_for_weights;
 
 const Kernels& kernels();  // those in use: the best that this machine has, unless told otherwise
 

@@ -98,7 +98,7 @@ std::atomic<const Kernels*> in_use{nullptr};
 
 }  // namespace
 
-const bool passes_weights_by = [] {
+const bool asks_for_weights = [] {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   return __builtin_cpu_is("amd") != 0;

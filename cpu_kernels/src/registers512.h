@@ -7,13 +7,10 @@
 
 namespace MLA_ISA {
 
-// Asks for weights, which a token meets once. AMD's processors keep them from displacing what is used again. Intel's
-// would take them out of the cache that cores share, and each token would read them from memory anew.
+// Asks for weights, which a token meets once, so that they displace nothing that is used again.
 inline void prefetch_weights(const uint8_t* first, int64_t bytes) {
-  if (mla::passes_weights_by)
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(first + i, _MM_HINT_NTA);
-  else
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(first + i, _MM_HINT_T0);
+  if (!mla::asks_for_weights) return;
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(first + i, _MM_HINT_NTA);
 }
 
 // The float16 scales of 8 neighbouring blocks.
