@@ -22,6 +22,7 @@ from mla_jax.config import ModelConfig, RunConfig
 from mla_jax.nn import collectives, taps
 from mla_jax.nn.moe import ExpertReduction
 from mla_jax.nn.transformer import Transformer
+from pallas_kernels import tuning
 
 _SMALLEST_BUCKET = 32
 MAX_STEPS = 32  # of one `decode`
@@ -249,7 +250,7 @@ def take_pages(cache: Cache, pages: jax.Array):
     return jax.jit(lambda layers: layers, out_shardings=whole)(layers)
 
 
-COMPILATION_CACHE = pathlib.Path(os.path.expanduser("~"), ".cache", "mla_jax", "xla")  # never raises
+COMPILATION_CACHE = pathlib.Path(os.path.expanduser(tuning.cache_home()), "mla_jax", "xla")  # never raises
 
 
 def use_compilation_cache(folder: pathlib.Path) -> None:

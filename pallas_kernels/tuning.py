@@ -15,7 +15,14 @@ import tempfile
 import jax
 from absl import logging
 
-USER_FOLDER = "~/.cache/mla_jax/tuning"
+
+def cache_home() -> str:
+    """Returns the user's folder for what can be made again, not expanded. Source: XDG Base Directory."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return home if os.path.isabs(home) else "~/.cache"
+
+
+USER_FOLDER = f"{cache_home()}/mla_jax/tuning"
 SHIPPED_FOLDER = str(pathlib.Path(__file__).parent / "tuned")
 
 _ROUNDED = ("batch", "heads", "pairs", "queries", "slots", "tokens")

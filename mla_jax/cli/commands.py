@@ -11,31 +11,43 @@ from mla_jax.cli.argv import UsageError, spelled
 
 
 def generate(values):
-    """Streams the continuation of `--prompt` to stdout, and its speed to stderr."""
+    """Streams the continuation of a prompt to stdout, and its speed to stderr."""
     if hosts.is_follower(values):
         hosts.follow(values, "generate")
         return
-    if not values.prompt:
-        raise UsageError("--prompt must be given and not be empty: it is the text to continue.")
+    prompt = _prompt(values)
     if values.expert_stats and values.mesh is not None:
         raise UsageError(
             "--expert-stats counts experts on one device alone, so it must not come with --mesh."
         )
     drawing, prompt_cache = _drawing(values), _prompt_cache(values)
     with hosts.leading(values, "generate") as programs:
-        _generate(values, loading.load(values, programs=programs), drawing, prompt_cache)
+        _generate(values, loading.load(values, programs=programs), prompt, drawing, prompt_cache)
 
 
-def _generate(values, model, drawing, prompt_cache):
+def _prompt(values):
+    if values.file is None:
+        if not values.prompt:
+            raise UsageError("--prompt must be given and not be empty: it is the text to continue.")
+        return values.prompt
+    if values.prompt is not None:
+        raise UsageError("--file must not come with --prompt, which is the text to continue.")
+    text = corpus.read_text(values.file).removesuffix("\n")
+    if not text:
+        raise UsageError(f"--file must hold the text to continue, but {values.file} is empty.")
+    return text
+
+
+def _generate(values, model, prompt, drawing, prompt_cache):
     if values.expert_stats and model.config.moe is None:
         raise UsageError("--expert-stats must be given for a model with experts, and this one has none.")
-    ids = model.tokenizer.encode(values.prompt)
+    ids = model.tokenizer.encode(prompt)
     held = model.load_cache(prompt_cache) if prompt_cache and prompt_cache.exists() else []
     pieces = model.stream_generate(ids, reuse_prefix=True, **drawing)
     if prompt_cache and (values.prompt_cache_all or not (values.prompt_cache_ro or held[: len(ids)] == ids)):
         pieces = _keeping(pieces, model, prompt_cache, None if values.prompt_cache_all else len(ids))
     if values.display_prompt:
-        loading.write(values.prompt)
+        loading.write(prompt)
     drawn = _print_stream(pieces)
     loading.write("\n")
     _report(model, drawn)

@@ -66,7 +66,7 @@ REFUSED = {
     "fused_moe": f"the expert product has one form, so {_NOT_YET}",
     "merge_qkv": f"weights are read as the file has them, so {_NOT_YET}",
     "parallel": f"one sequence is generated at a time, so {_NOT_YET}",
-    "file": "give the text itself with --prompt.",
+    "file": "this command reads no text from a file.",
     "escape": "the prompt is taken as it is; a shell writes a newline as $'\\n'.",
     "samplers": "the order is fixed: penalties, top-k, typical, top-p, min-p, temperature.",
     "transparent_huge_pages": "weights lie in huge pages already, unless their file is mapped.",
@@ -367,6 +367,7 @@ def command_flags(command: str) -> flags.FlagValues:
         define_model(values)
     if command == "generate":
         flags.DEFINE_string("prompt", None, "text to continue.", flag_values=values)
+        flags.DEFINE_string("file", None, "file with the text, in place of --prompt.", flag_values=values)
     if command == "chat":
         flags.DEFINE_string("system_prompt", None, "first message of the chat.", flag_values=values)
     if command == "ser-sweep":

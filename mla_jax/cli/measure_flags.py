@@ -19,7 +19,7 @@ ALIASES = flags_lib.ALIASES | {
 }
 
 _TEXT_ALONE = "texts are measured, and no questions with answers to choose from."
-REFUSED = {key: why for key, why in flags_lib.REFUSED.items() if key != "file"} | {
+REFUSED = flags_lib.REFUSED | {
     "ppl_stride": "windows follow each other and do not overlap.",
     "hellaswag": _TEXT_ALONE,
     "winogrande": _TEXT_ALONE,

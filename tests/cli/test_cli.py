@@ -128,6 +128,29 @@ def test_spellings_of_one_request(run, path, expected, spelling):
     assert (code, out) == (0, f"{expected}\n"), err
 
 
+@pytest.mark.parametrize("text", ["the", "the\n"])
+def test_a_prompt_from_a_file(run, path, expected, tmp_path, text):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(text.encode())
+    code, out, err = run("generate", "-m", path, "-f", file, "-n", "8", "--temp", "0", "--no-display-prompt")
+    assert (code, out) == (0, f"{expected}\n"), err
+    assert run("generate", "-m", path, "-f", file, "-n", "8", "--temp", "0")[1] == f"the{expected}\n"
+
+
+def test_a_prompt_of_a_file_that_holds_none_is_refused(run, path, tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "bad").write_bytes(b"a\xff")
+    sentences = {
+        ("-f", tmp_path / "empty"): f"--file must hold the text to continue, but {tmp_path}/empty is empty.",
+        ("-f", tmp_path / "bad"): f"{tmp_path}/bad must be text in UTF-8, but byte 1 is none.",
+        ("-f", tmp_path / "no"): f"{tmp_path}/no: cannot be read: No such file or directory.",
+        ("-f", path, "-p", "a"): "--file must not come with --prompt, which is the text to continue.",
+    }
+    for words, sentence in sentences.items():
+        assert run("generate", "-m", path, *words) == (2, "", f"mla-jax: {sentence}\n")
+    assert run("chat", "-m", path, "-f", path)[2].endswith("this command reads no text from a file.\n")
+
+
 def test_a_seed_decides_the_text(run, path):
     texts = [run("generate", "-m", path, "-p", "the", "-n", "8", "-s", seed)[1] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -220,7 +243,7 @@ def test_help_fits_a_screen(run, command, spelling):
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith(f"usage: mla-jax {command} ") and "[FLAGS]: " in lines[0]
-    most = 80 if command in ("serve", "llama-server") else 52  # a server has many flags
+    most = 80 if command in ("serve", "llama-server") else 53  # a server has many flags
     assert len(lines) <= most and max(map(len, lines)) <= 110
 
 

@@ -219,3 +219,13 @@ def test_a_broken_file_does_not_end_a_trace(folders, log):
     _write_text(folders[0], "{")
     assert np.all(np.isfinite(_attend(implementation="interpret")))
     assert len(log) == 1
+
+
+@pytest.mark.parametrize(
+    ("home", "wanted"), [(None, "~/.cache"), ("", "~/.cache"), ("relative", "~/.cache"), ("/a/b", "/a/b")]
+)
+def test_caches_are_where_the_user_keeps_them(monkeypatch, home, wanted):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", home)
+    assert tuning.cache_home() == wanted
