@@ -152,11 +152,9 @@ def _decode_case(B, S, N, name, *, implementation, cold_bytes=COLD_BYTES):
     op = lambda chosen: functools.partial(attend, implementation=chosen)
     row, scores = RANK + ROPE, B * N * S
     is_large = B * S >= LARGE_CACHE
-    bars, peers, num_sets = (
-        [Bar(of=EXPANDED, least=1.0)],
-        {},
-        max(1, pl.cdiv(cold_bytes, cost.bytes_accessed)),
-    )
+    num_sets = max(1, pl.cdiv(cold_bytes, cost.bytes_accessed))
+    peers = {}
+    bars = [Bar(of=EXPANDED, least=1.0)]
     if name == "bf16":
         peers = gpu_peers.decode_peers(B, S, N, RANK, ROPE, num_sets=num_sets, sm_scale=_SCALE)
         bars.append(Bar(of=gpu_peers.VLLM, least=1.0))

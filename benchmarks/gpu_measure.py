@@ -120,11 +120,11 @@ def measure(
         if name not in libraries:
             continue
         try:
-            runs = gpu_peers.seconds_per_call(peer, calls=few, repeats=repeats)
+            runs = gpu_peers.seconds_per_call(peer, calls=most, repeats=repeats)
         except Exception as error:  # whatever a library raises, or that it is not there
             row["ways"][name] = _failed(error)
         else:
-            row["ways"][name] = _figures(case.cost, runs, few, bound)
+            row["ways"][name] = _figures(case.cost, runs, most, bound)
     return row | dict(bars=[_judge(bar, row["ways"], ceilings) for bar in case.bars])
 
 

@@ -5,8 +5,9 @@ flash_mla  FlashMLA, by itself or out of vLLM's wheel: decode
 flashinfer FlashInfer, whose kernels are compiled by the first call: decode
 vllm       vLLM's Triton kernel for MLA: decode
 
-Caches are bfloat16. A peer of decode must agree with PyTorch's attention before it is timed. Calls are
-captured in a CUDA graph, so that launching them takes no time, as in a `jit`.
+Caches are bfloat16. A peer of decode must agree with PyTorch's attention before it is timed. The calls of a
+run are captured in a CUDA graph, which launches them as one, as a `jit` does. PyTorch takes the memory that
+JAX has left, a quarter by default, and gives it back after each peer.
 """
 
 import contextlib
@@ -70,10 +71,17 @@ def prefill_peers(queries: int, heads: int, qk: int, value: int, *, sm_scale: fl
 def seconds_per_call(peer: Peer, *, calls: int, repeats: int) -> list[float]:
     """Times runs of `calls` calls, without the first run."""
     torch, device = _torch()
+    try:
+        return _seconds_per_call(torch, device, peer, calls, repeats)
+    finally:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _seconds_per_call(torch, device, peer, calls, repeats):
     with torch.inference_mode():
-        call = peer()
+        call, seconds = peer(), []
         run = _captured(torch, call, calls) if device == "cuda" else lambda: [call(i) for i in range(calls)]
-        seconds = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
             run()
@@ -99,11 +107,12 @@ def _torch():
 
 def _captured(torch, call, calls):
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call(0)  # what is compiled or planned by a first call is not to be captured
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # what other threads do is theirs
         for i in range(calls):
             call(i)
     return graph.replay
@@ -207,6 +216,8 @@ def _by_flashinfer(rows):
 def _by_vllm(rows):
     decode = importlib.import_module("vllm.v1.attention.ops.triton_decode_attention")
     torch, device = _torch()
+    if (size := rows.pools[0].numel()) >= 2**31:
+        raise ValueError(f"its places have 32 bits: the pool must have fewer than 2^31 numbers, got {size}")
     q = rows.q[:, 0]
     B, N, _ = q.shape
     most = 2 * torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 2

@@ -1,5 +1,6 @@
 """Peers of the GPU benchmark: what they are asked for, by stand-ins that compute it from pages in PyTorch."""
 
+import dataclasses
 import sys
 import types
 
@@ -12,6 +13,11 @@ torch = pytest.importorskip("torch", reason="needs the extra `oracle`")
 
 B, S, N, RANK, ROPE, SCALE = 2, 130, 3, 32, 16, 0.2
 PEERS = gpu_peers.decode_peers(B, S, N, RANK, ROPE, num_sets=2, sm_scale=SCALE)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setattr(gpu_peers, "_torch", lambda: (torch, "cpu"))
 
 
 def _attend(q_BNC, pool_ZSC, table_BM, lengths_B):
@@ -95,6 +101,15 @@ def test_a_library_that_computes_something_else_is_not_timed(monkeypatch, librar
     _install(monkeypatch, name, stand_in(0.5))
     with pytest.raises(ValueError, match="must agree with PyTorch's attention"):
         gpu_peers.seconds_per_call(PEERS[library], calls=1, repeats=1)
+
+
+def test_a_pool_that_vllm_cannot_address_is_not_given_to_it(monkeypatch):
+    name, stand_in = STAND_INS["vllm"]
+    _install(monkeypatch, name, stand_in(0))
+    rows = gpu_peers._draw_rows(B, S, N, RANK, ROPE, num_sets=1, sm_scale=SCALE)
+    large = torch.empty(2**31, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(ValueError, match="fewer than 2\\^31 numbers, got 2147483648"):
+        gpu_peers._by_vllm(dataclasses.replace(rows, pools=[large]))
 
 
 def test_flash_mla_is_found_in_vllm(monkeypatch):

@@ -210,8 +210,8 @@ struct Kernels {
   }
 };
 
-// Whether weights are asked for ahead of their products. AMD's processors are the faster for it. Intel's ask by
-// themselves, and have fewer places left for that.
+// Whether weights that lie in a row are asked for ahead of their products. AMD's processors are the faster for it.
+// Intel's ask by themselves, and have fewer places left for that.
 extern const bool asks_for_weights;
 
 const Kernels& kernels();  // those in use: the best that this machine has, unless told otherwise

@@ -95,8 +95,8 @@ class RoundedSlots {
   uint32_t* key(int slot) { return keys_[0].of + static_cast<int64_t>(slot) * key_pairs; }
   uint32_t* value(int slot) { return values_[0].of + static_cast<int64_t>(slot) * value_pairs; }  // of an even one
 
-  // Makes slots [begin, end) of a cache; an odd number is followed by zeros. None is asked for ahead: the processor does
-  // so by itself within a page, and more would wait for what is on its way.
+  // Makes slots [begin, end) of a cache; an odd number is followed by zeros. None is asked for ahead: Intel's
+  // processors do so by themselves, and arithmetic takes the time of others.
   void read_latents(const LatentCache& cache, const int32_t* pages, int begin, int end) {
     const RoundRow latent = rounding_of(cache.latent), rope = rounding_of(cache.rope);
     for (int slot = begin; slot < end; ++slot) {

@@ -143,12 +143,12 @@ def test_a_prompt_of_a_file_that_holds_none_is_refused(run, path, tmp_path):
     sentences = {
         ("-f", tmp_path / "empty"): f"--file must hold the text to continue, but {tmp_path}/empty is empty.",
         ("-f", tmp_path / "bad"): f"{tmp_path}/bad must be text in UTF-8, but byte 1 is none.",
-        ("-f", tmp_path / "no"): f"{tmp_path}/no: cannot be read: No such file or directory.",
+        ("-f", tmp_path / "no"): f"{tmp_path}/no cannot be used: No such file or directory.",
         ("-f", path, "-p", "a"): "--file must not come with --prompt, which is the text to continue.",
     }
     for words, sentence in sentences.items():
         assert run("generate", "-m", path, *words) == (2, "", f"mla-jax: {sentence}\n")
-    assert run("chat", "-m", path, "-f", path)[2].endswith("this command reads no text from a file.\n")
+    assert run("chat", "-m", path, "-f", path)[2].endswith("generate and perplexity alone take it.\n")
 
 
 def test_a_seed_decides_the_text(run, path):

@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -229,3 +231,11 @@ def test_caches_are_where_the_user_keeps_them(monkeypatch, home, wanted):
     if home is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", home)
     assert tuning.cache_home() == wanted
+
+
+def test_all_that_is_kept_is_there(tmp_path):
+    script = "from mla_jax import steps; from pallas_kernels import tuning\n"
+    script += "print(steps.COMPILATION_CACHE, tuning.USER_FOLDER)"
+    environment = os.environ | dict(XDG_CACHE_HOME=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == [f"{tmp_path}/mla_jax/xla", f"{tmp_path}/mla_jax/tuning"], done.stderr
