@@ -56,8 +56,8 @@ def parse(
             )
         name = written.lstrip("-").replace("-", "_")
         name = aliases.get(name, name)
+        _refuse(written, name, refused)
         if name not in values:
-            _refuse(written, name, refused)
             _switch_off(written, name, bool(has_value), values, aliases)
             continue
         if not has_value:

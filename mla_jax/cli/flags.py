@@ -66,7 +66,6 @@ REFUSED = {
     "fused_moe": f"the expert product has one form, so {_NOT_YET}",
     "merge_qkv": f"weights are read as the file has them, so {_NOT_YET}",
     "parallel": f"one sequence is generated at a time, so {_NOT_YET}",
-    "file": "generate and perplexity alone take it.",
     "escape": "the prompt is taken as it is; a shell writes a newline as $'\\n'.",
     "samplers": "the order is fixed: penalties, top-k, typical, top-p, min-p, temperature.",
     "transparent_huge_pages": "weights lie in huge pages already, unless their file is mapped.",

@@ -20,7 +20,7 @@ ALIASES = flags_lib.ALIASES | {
 }
 
 _GRAMMARS = "requests bring grammars of their own, in `grammar`, `json_schema` or `response_format`."
-REFUSED = flags_lib.REFUSED | {
+REFUSED = {key: why for key, why in flags_lib.REFUSED.items() if key != "parallel"} | {
     "file": "a server is given its prompts by requests.",
     "escape": "a server is given its prompts by requests.",
     "prompt": "a server is given its prompts by requests.",

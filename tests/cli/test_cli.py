@@ -148,7 +148,7 @@ def test_a_prompt_of_a_file_that_holds_none_is_refused(run, path, tmp_path):
     }
     for words, sentence in sentences.items():
         assert run("generate", "-m", path, *words) == (2, "", f"mla-jax: {sentence}\n")
-    assert run("chat", "-m", path, "-f", path)[2].endswith("generate and perplexity alone take it.\n")
+    assert run("chat", "-m", path, "-f", path)[2].startswith("mla-jax: there is no flag -f.")
 
 
 def test_a_seed_decides_the_text(run, path):
