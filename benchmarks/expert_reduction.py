@@ -9,11 +9,12 @@ last line one JSON object.
 """
 
 import json
-import os
 import pathlib
 import statistics
+import sys
 
 import jax
+import machine
 from absl import app, flags
 
 import mla_jax
@@ -62,8 +63,8 @@ def main(argv):
         rows.append(row | dict(gain=gain, predicted=predicted))
         share = f"{gain / predicted:6.0%}" if predicted else "     -"
         print(f"{count:7} {row['megabytes']:8.1f} {row['speed']:9.2f} {gain:6.1%} {predicted:9.1%} {share}")
-    about = dict(model=pathlib.Path(argv[1]).name, cores=len(os.sched_getaffinity(0)), jax=jax.__version__)
-    line = json.dumps(about | dict(tokens=_TOKENS.value, rows=rows))
+    about = machine.about("benchmarks/expert_reduction.py", sys.argv[1:], ["jax", "jaxlib"])
+    line = json.dumps(dict(model=pathlib.Path(argv[1]).name, **about, tokens=_TOKENS.value, rows=rows))
     if _OUT.value:
         pathlib.Path(_OUT.value).write_text(line + "\n")
     print(line)

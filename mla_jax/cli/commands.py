@@ -31,10 +31,10 @@ def _prompt(values):
             raise UsageError("--prompt must be given and not be empty: it is the text to continue.")
         return values.prompt
     if values.prompt is not None:
-        raise UsageError("--file must not come with --prompt, which is the text to continue.")
-    text = corpus.read_text(values.file).removesuffix("\n")
+        raise UsageError("--file must not come with --prompt: each gives the text to continue.")
+    text = corpus.read_text(values.file).removesuffix("\n").removesuffix("\r")
     if not text:
-        raise UsageError(f"--file must hold the text to continue, but {values.file} is empty.")
+        raise UsageError(f"--file must hold the text to continue, but there is none in {values.file}.")
     return text
 
 

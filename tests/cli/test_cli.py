@@ -128,7 +128,7 @@ def test_spellings_of_one_request(run, path, expected, spelling):
     assert (code, out) == (0, f"{expected}\n"), err
 
 
-@pytest.mark.parametrize("text", ["the", "the\n"])
+@pytest.mark.parametrize("text", ["the", "the\n", "the\r\n"])
 def test_a_prompt_from_a_file(run, path, expected, tmp_path, text):
     file = tmp_path / "prompt.txt"
     file.write_bytes(text.encode())
@@ -141,10 +141,10 @@ def test_a_prompt_of_a_file_that_holds_none_is_refused(run, path, tmp_path):
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "bad").write_bytes(b"a\xff")
     sentences = {
-        ("-f", tmp_path / "empty"): f"--file must hold the text to continue, but {tmp_path}/empty is empty.",
+        ("-f", tmp_path / "empty"): f"--file must hold the text to continue, but there is none in {tmp_path}/empty.",
         ("-f", tmp_path / "bad"): f"{tmp_path}/bad must be text in UTF-8, but byte 1 is none.",
         ("-f", tmp_path / "no"): f"{tmp_path}/no cannot be used: No such file or directory.",
-        ("-f", path, "-p", "a"): "--file must not come with --prompt, which is the text to continue.",
+        ("-f", path, "-p", "a"): "--file must not come with --prompt: each gives the text to continue.",
     }
     for words, sentence in sentences.items():
         assert run("generate", "-m", path, *words) == (2, "", f"mla-jax: {sentence}\n")
