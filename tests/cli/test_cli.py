@@ -138,10 +138,11 @@ def test_a_prompt_from_a_file(run, path, expected, tmp_path, text):
 
 
 def test_a_prompt_of_a_file_that_holds_none_is_refused(run, path, tmp_path):
-    (tmp_path / "empty").write_text("\n")
+    empty = tmp_path / "empty"
+    empty.write_text("\n")
     (tmp_path / "bad").write_bytes(b"a\xff")
     sentences = {
-        ("-f", tmp_path / "empty"): f"--file must hold the text to continue, but there is none in {tmp_path}/empty.",
+        ("-f", empty): f"--file must hold the text to continue, but there is none in {empty}.",
         ("-f", tmp_path / "bad"): f"{tmp_path}/bad must be text in UTF-8, but byte 1 is none.",
         ("-f", tmp_path / "no"): f"{tmp_path}/no cannot be used: No such file or directory.",
         ("-f", path, "-p", "a"): "--file must not come with --prompt: each gives the text to continue.",
