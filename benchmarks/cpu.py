@@ -28,7 +28,6 @@ Prints tables of medians, and as its last line one JSON object. `--out` is writt
 (by matplotlib, extra `notebooks`) at the end. Without the extra `peers` the package is left out.
 """
 
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -68,21 +67,14 @@ _KEPT_RSS, _SPARE_RSS = 1.1, 600e6  # of the file, and bytes beside it
 _BEGAN = time.monotonic()
 
 
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _machine():
     return dict(
         cpu=machine.cpu_name(),
         load_average=round(os.getloadavg()[0], 2),
         python=platform.python_version(),
-        jax=_version("jax"),
-        jaxlib=_version("jaxlib"),
-        ik_llama_cpp_python=_version(_PEER_PACKAGE),
+        jax=machine.version("jax"),
+        jaxlib=machine.version("jaxlib"),
+        ik_llama_cpp_python=machine.version(_PEER_PACKAGE),
         commit=machine.commit(),
         command=machine.command("benchmarks/cpu.py", sys.argv[1:]),
     )

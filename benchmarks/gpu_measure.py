@@ -89,7 +89,7 @@ def measure(
       case: to measure.
       ceilings: of the device.
       memory: bytes that a way may take, or None for any number.
-      calls: of a run; 0 for as many as take about 10 ms at the ceiling, for peers fewer.
+      calls: of a run; 0 for as many as take about 10 ms at the ceiling, for peers in JAX fewer.
       repeats: runs.
       has_peers: whether to run more than the kernel.
       libraries: of the peers by PyTorch that run.
@@ -102,13 +102,12 @@ def measure(
     row |= dict(bound_seconds=bound, binding=binding, ways={})
     held, operands = _bytes_of(jax.eval_shape(case.operands)), None
     most = calls or min(_MOST_CALLS, max(2, round(_RUN_SECONDS / bound)))
-    few = calls or min(most, max(5, most // 10))
     for name, way in case.ways.items() if has_peers else [(OURS, case.ways[OURS])]:
         need = held + 2 * _bytes_of(way.result) + way.workspace
         if memory is not None and need > memory:
             row["ways"][name] = dict(skipped=f"needs {need / 2**30:.3g} GiB of {memory / 2**30:.3g}")
             continue
-        num_calls = most if name == OURS else few
+        num_calls = most if name == OURS or calls else min(most, max(5, most // 10))
         try:
             operands = jax.jit(case.operands)() if operands is None else operands
             runs = seconds_per_call(way, way.prepare(operands), calls=num_calls, repeats=repeats)

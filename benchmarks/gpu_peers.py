@@ -10,13 +10,13 @@ run are captured in a CUDA graph, which launches them as one, as a `jit` does. P
 JAX has left, a quarter by default, and gives it back after each peer.
 """
 
-import contextlib
 import dataclasses
 import importlib
-import importlib.metadata
 import time
 from collections.abc import Callable
 from typing import Any
+
+from benchmarks import machine
 
 LIBRARIES = TORCH, FLASH_MLA, FLASHINFER, VLLM = "torch", "flash_mla", "flashinfer", "vllm"
 
@@ -93,11 +93,9 @@ def _seconds_per_call(torch, device, peer, calls, repeats):
 
 def versions() -> dict[str, str]:
     """Returns the version of each library that is installed as a package."""
-    found = {}
-    for name, package in zip(LIBRARIES, ("torch", "flash_mla", "flashinfer-python", "vllm"), strict=True):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(package)
-    return found
+    packages = zip(LIBRARIES, ("torch", "flash_mla", "flashinfer-python", "vllm"), strict=True)
+    found = {name: machine.version(package) for name, package in packages}
+    return {name: version for name, version in found.items() if version is not None}
 
 
 def _torch():

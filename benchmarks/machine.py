@@ -19,6 +19,14 @@ def cpu_name() -> str:
     return platform.processor()
 
 
+def version(package: str) -> str | None:
+    """Returns the version of a package, None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def commit() -> str:
     """Returns the commit of the checkout, with "-dirty" where tracked files were altered."""
 

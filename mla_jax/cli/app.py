@@ -27,6 +27,7 @@ class _Command(NamedTuple):
     run: Callable[[absl_flags.FlagValues], int | None]
     text: str
     positionals: tuple[str, ...] = ()  # flags that may be given without their names
+    sources: tuple[str, ...] = ()  # flags of which one must be given: the usage has them, and no rows of help
 
 
 def _serve(values):
@@ -43,7 +44,7 @@ def _finetune(values):
 
 _SERVERS = ("serve", "llama-server")
 _COMMANDS = {
-    "generate": _Command(commands.generate, "continue a prompt"),
+    "generate": _Command(commands.generate, "continue a prompt", sources=("prompt", "file")),
     "chat": _Command(commands.chat, "talk to a model, turn by turn"),
     "serve": _Command(_serve, "serve a model over HTTP, as OpenAI and llama-server do"),
     "llama-server": _Command(_serve, "the same as serve"),
@@ -238,18 +239,24 @@ def _overview():
 
 
 def _help(name, values: absl_flags.FlagValues):
-    short = {flag: alias for alias, flag in _flags_of(name).ALIASES.items() if len(alias) < 4}
-    rows = [_help_row(values[flag], short.get(flag)) for flag in values if flag != "help"]
+    short = _short(name)
+    told = ("help", *_COMMANDS[name].sources)
+    rows = [_help_row(values[flag], short.get(flag)) for flag in values if flag not in told]
     width = max(len(spelling) for spelling, _ in rows)
     lines = [f"usage: {_usage(name, values)}: {_COMMANDS[name].text}", ""]
     return "\n".join(lines + [f"  {spelling:<{width}}  {text}" for spelling, text in rows])
+
+
+def _short(name):
+    return {flag: alias for alias, flag in _flags_of(name).ALIASES.items() if len(alias) < 4}
 
 
 def _usage(name, values):
     places = [
         p.upper() if values[p].default is None else f"[{p.upper()}]" for p in _COMMANDS[name].positionals
     ]
-    return " ".join(["mla-jax", name, *places, "[FLAGS]"])
+    sources = " | ".join(f"-{_short(name)[flag]} {flag.upper()}" for flag in _COMMANDS[name].sources)
+    return " ".join(["mla-jax", name, *places, *([f"({sources})"] if sources else []), "[FLAGS]"])
 
 
 def _help_row(flag, short):
