@@ -77,8 +77,8 @@ void for_expert_rows(ffi::ThreadPool& pool, const Pairs& pairs, const Matrix& ma
     if (pairs.begin[e + 1] > pairs.begin[e]) used.push_back(static_cast<int32_t>(e));
   Matrix part = matrix;
   part.rows = rows;
-  const int64_t count = static_cast<int64_t>(used.size());
-  const int64_t step = rows_per_task(part, count, pool.num_threads()), tiles = (rows + step - 1) / step;
+  const int64_t count = static_cast<int64_t>(used.size()), mean = pairs.size() / std::max<int64_t>(count, 1);
+  const int64_t step = rows_per_task(part, count, mean, pool.num_threads()), tiles = (rows + step - 1) / step;
   parallel_for(pool, count * tiles, [&](int64_t task) {
     const auto of_task = [&](int64_t i) {
       const int64_t first = i % tiles * step;

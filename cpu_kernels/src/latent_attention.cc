@@ -23,6 +23,7 @@ struct Task {
 // All that is to be done. The tasks of block `i` of queries are `tasks[first[i]]` to `tasks[first[i + 1] - 1]`.
 struct Plan {
   int64_t queries, blocks;  // of a sequence
+  bool is_split = false;    // whether slots of any are shared out
   std::vector<Task> tasks;
   std::vector<int64_t> first;
 
@@ -34,6 +35,7 @@ struct Plan {
     for (int64_t b = 0; b < call.batch; ++b) {
       const int length = call.length(b), parts = call.tokens > 1 ? 1 : splits(length);
       const int step = std::max(1, (length + parts - 1) / parts);
+      is_split = is_split || parts > 1;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t query = begin(block), count = begin(block + 1) - query;
         for (int begin = 0; begin < length; begin += step)
@@ -79,6 +81,72 @@ void merge(Found* parts, int64_t count, int64_t i, int64_t size, float* out) {
     if (parts[j].tops()[i] != kNothing) kernels().add(parts[j].row(i), shares[j] / sum, out, size);
 }
 
+// The work of a call: queries are joined with their rotated parts, attend, and what they found is merged.
+struct Work {
+  const AttentionCall& call;
+  const Plan& plan;
+  const float *q, *q_rope;
+  int64_t heads, rank, rope;
+  float scale;
+  float* out;
+  Scratch& memory;
+
+  int64_t width() const { return padded(rank + rope) / kLanes; }  // registers of a joined query
+
+  void run(ffi::ThreadPool& pool) {
+    const int64_t all = call.batch * plan.queries;
+    memory.rows.resize(all * width());
+    memory.limits.resize(all);
+    memory.found.resize(plan.tasks.size());
+    if (!plan.is_split) {  // then no thread needs what another has done
+      return parallel_for(pool, call.batch * plan.blocks, [&](int64_t place) {
+        const int64_t before = place / plan.blocks * plan.queries, block = place % plan.blocks;
+        const int64_t begin = before + plan.begin(block), end = before + plan.begin(block + 1);
+        join(begin, end);
+        for (int64_t i = plan.first[place]; i < plan.first[place + 1]; ++i) attend(i);
+        merge_all(begin, end);
+      });
+    }
+    constexpr int64_t kStep = 16;  // queries
+    const auto in_steps = [&](const auto& f) {
+      parallel_for(pool, (all + kStep - 1) / kStep, [&](int64_t i) { f(i * kStep, std::min(all, (i + 1) * kStep)); });
+    };
+    in_steps([&](int64_t begin, int64_t end) { join(begin, end); });
+    parallel_for(pool, static_cast<int64_t>(plan.tasks.size()), [&](int64_t i) { attend(i); });
+    in_steps([&](int64_t begin, int64_t end) { merge_all(begin, end); });
+  }
+
+ private:
+  void join(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* row = memory.rows[i * width()].of;
+      std::copy_n(q + i * rank, rank, row);
+      std::copy_n(q_rope + i * rope, rope, row + rank);
+      std::fill(row + rank + rope, row + width() * kLanes, 0.0f);
+      memory.limits[i] = call.positions[i / heads];
+    }
+  }
+
+  void attend(int64_t i) {
+    const Task& task = plan.tasks[i];
+    const int64_t first = task.sequence * plan.queries + task.first;
+    memory.found[i].clear(task.count, rank);
+    kernels().attend_latents(call.cache, call.pages + task.sequence * call.table, task.begin, task.end,
+                             {memory.rows[first * width()].of, &memory.limits[first], static_cast<int>(task.count),
+                              scale, call.tokens == 1, call.length(task.sequence)},
+                             memory.found[i].partials());
+  }
+
+  void merge_all(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t query = i % plan.queries, block = plan.block_of(query);
+      const int64_t place = i / plan.queries * plan.blocks + block, first = plan.first[place];
+      merge(memory.found.data() + first, plan.first[place + 1] - first, query - plan.begin(block), rank,
+            out + i * rank);
+    }
+  }
+};
+
 // q [B, T, N, R], q_rope [B, T, N, P] -> [B, T, N, R].
 ffi::Error latent_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> q_rope,
                             ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> positions, ffi::RemainingArgs parts,
@@ -97,45 +165,13 @@ ffi::Error latent_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
       error.failure())
     return error;
   if (out->element_count() == 0) return ffi::Error::Success();
-  const int64_t queries = call.tokens * heads, width = padded(rank + rope);
-  const Plan plan(call, queries);
+  const Plan plan(call, call.tokens * heads);
   thread_local Scratch kept;
   Scratch passing;
   int64_t found_rows = 0;
   for (const Task& task : plan.tasks) found_rows += task.count;
-  const bool is_small = found_rows <= kKeptRows;
-  Scratch& memory = is_small ? kept : passing;
-  std::vector<Lanes>& rows = memory.rows;
-  std::vector<int32_t>& limits = memory.limits;
-  std::vector<Found>& found = memory.found;
-  rows.resize(call.batch * queries * width / kLanes);
-  limits.resize(call.batch * queries);
-  found.resize(plan.tasks.size());
-  parallel_for(pool, call.batch * call.tokens, [&](int64_t token) {
-    for (int64_t i = token * heads; i < (token + 1) * heads; ++i) {
-      float* row = rows[i * width / kLanes].of;
-      std::copy_n(q.typed_data() + i * rank, rank, row);
-      std::copy_n(q_rope.typed_data() + i * rope, rope, row + rank);
-      std::fill(row + rank + rope, row + width, 0.0f);
-      limits[i] = call.positions[token];
-    }
-  });
-  parallel_for(pool, static_cast<int64_t>(plan.tasks.size()), [&](int64_t i) {
-    const Task& task = plan.tasks[i];
-    const int64_t first = task.sequence * queries + task.first;
-    found[i].clear(task.count, rank);
-    kernels().attend_latents(call.cache, call.pages + task.sequence * call.table, task.begin, task.end,
-                             {rows[first * width / kLanes].of, &limits[first], static_cast<int>(task.count), scale,
-                              call.tokens == 1, call.length(task.sequence)},
-                             found[i].partials());
-  });
-  parallel_for(pool, call.batch * call.tokens, [&](int64_t token) {
-    for (int64_t i = token * heads; i < (token + 1) * heads; ++i) {
-      const int64_t query = i % queries, block = plan.block_of(query), place = i / queries * plan.blocks + block;
-      merge(found.data() + plan.first[place], plan.first[place + 1] - plan.first[place], query - plan.begin(block),
-            rank, out->typed_data() + i * rank);
-    }
-  });
+  Scratch& memory = found_rows <= kKeptRows ? kept : passing;
+  Work{call, plan, q.typed_data(), q_rope.typed_data(), heads, rank, rope, scale, out->typed_data(), memory}.run(pool);
   return ffi::Error::Success();
 }
 

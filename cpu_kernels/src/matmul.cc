@@ -18,7 +18,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
   read_activations(pool, x.typed_data(), rows, matrix.size, !matrix.format->is_float, &activations);
   Selection all{&activations, nullptr, static_cast<int>(rows)};
   arrange(pool, &activations, !matrix.format->is_float, &all);
-  const int64_t step = rows_per_task(matrix, 1, pool.num_threads());
+  const int64_t step = rows_per_task(matrix, 1, rows, pool.num_threads());
   parallel_for(pool, rows == 0 ? 0 : (matrix.rows + step - 1) / step, [&](int64_t task) {
     matrix.format->matmul(matrix, task * step, std::min(matrix.rows, (task + 1) * step), all, out->typed_data(),
                           matrix.rows);

@@ -15,7 +15,7 @@ namespace mla {
 namespace ffi = xla::ffi;
 
 constexpr int kPanelRows = ActivationTile::kRows;
-constexpr int64_t kTaskBytes = 64 << 10;  // weights per task: enough to pay for taking it
+constexpr int64_t kTaskBytes = 64 << 10;  // of weights that few activations meet: enough to pay for taking a task
 
 // Returns activations that this thread keeps, so that their memory is taken once.
 inline Activations& scratch(int which) {
@@ -108,11 +108,12 @@ inline void arrange(ffi::ThreadPool& pool, Activations* memory, bool quantised, 
   x->tiles = memory->tiles.data();
 }
 
-// Returns how many rows of `parts` matrices a task takes: enough tasks for balance, each worth its taking.
-inline int64_t rows_per_task(const Matrix& matrix, int64_t parts, int64_t threads) {
+// Returns how many rows of `parts` matrices, which meet `rows` of activations each, a task takes: enough tasks for
+// balance, each worth its taking.
+inline int64_t rows_per_task(const Matrix& matrix, int64_t parts, int64_t rows, int64_t threads) {
   threads = std::max<int64_t>(threads, 1);
   const int64_t even = (matrix.rows * parts + 4 * threads - 1) / (4 * threads);
-  const int64_t least = kTaskBytes / std::max<int64_t>(matrix.row_bytes, 1) + 1;
+  const int64_t least = kTaskBytes / std::clamp<int64_t>(rows, 1, 4) / std::max<int64_t>(matrix.row_bytes, 1) + 1;
   return (std::min(std::max(even, least), std::max<int64_t>(matrix.rows, 1)) + 15) / 16 * 16;
 }
 

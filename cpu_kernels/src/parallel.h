@@ -2,14 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <functional>
-#include <memory>
-#include <mutex>
 #include <thread>
-#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -25,53 +22,90 @@ inline void relax() {
 #endif
 }
 
+// The tasks of a call, which threads take one by one. What they look at lies in one line of the processor's caches: to
+// pass a line from core to core takes about as long as a small task.
+struct alignas(64) Tasks {
+  using Run = void (*)(const void* body, int64_t task);
+
+  std::atomic<uint64_t> left{0};  // how many nobody has taken, and in the upper half the number of the call
+  std::atomic<int64_t> count{0};
+  std::atomic<Run> run{nullptr};
+  std::atomic<const void*> body{nullptr};
+  alignas(64) std::atomic<int64_t> unfinished{0};
+  std::atomic<bool> in_use{false};
+
+  // Offers `number` tasks. Those of the call before have all ended.
+  void offer(int64_t number, Run how, const void* with) {
+    count.store(number, std::memory_order_relaxed);
+    run.store(how, std::memory_order_relaxed);
+    body.store(with, std::memory_order_relaxed);
+    unfinished.store(number, std::memory_order_relaxed);
+    const uint64_t call = (left.load(std::memory_order_relaxed) >> 32) + 1;
+    left.store(call << 32 | static_cast<uint32_t>(number), std::memory_order_release);
+  }
+
+  // Does tasks until all are taken, and returns whether there were any.
+  bool work() {
+    uint64_t seen = left.load(std::memory_order_acquire);
+    const uint64_t call = seen >> 32;
+    const int64_t all = count.load(std::memory_order_relaxed);  // of that call, if one of its tasks can still be taken
+    const Run how = run.load(std::memory_order_relaxed);
+    const void* const with = body.load(std::memory_order_relaxed);
+    int64_t ended = 0;
+    while (seen >> 32 == call && static_cast<uint32_t>(seen) > 0)
+      if (left.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+        how(with, all - static_cast<uint32_t>(seen));
+        ++ended;
+        seen = left.load(std::memory_order_acquire);
+      }
+    if (ended > 0) unfinished.fetch_sub(ended, std::memory_order_release);
+    return ended > 0;
+  }
+};
+
 // Threads of the pool that stay awake for a moment after some work: the next comes within microseconds while a model
 // runs, and waking a thread takes longer than many a product. Then they go back to the pool, and sleep.
 class Helpers {
  public:
-  using Work = std::function<bool()>;  // returns whether there was something left to do
-
-  // Has `work` done by `count` threads at most; by fewer, or by none, if they are busy elsewhere.
-  void call(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
-    const int64_t awake = std::min<int64_t>(count, awake_.load(std::memory_order_relaxed));
-    if (awake > 0) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      waiting_.assign(awake, work);  // in place of what nobody came for: who asked does all of it
-      num_waiting_.store(awake, std::memory_order_release);
+  // Has tasks done by this thread and by `others` at most; by this one alone where more calls than usual go on at once.
+  void call(xla::ffi::ThreadPool& pool, int64_t others, int64_t count, Tasks::Run run, const void* body) {
+    const auto tasks = std::find_if(calls_.begin(), calls_.end(), [](Tasks& tasks) {
+      return !tasks.in_use.exchange(true, std::memory_order_acquire);
+    });
+    if (tasks == calls_.end()) {
+      for (int64_t i = 0; i < count; ++i) run(body, i);
+      return;
     }
-    for (int64_t i = awake; i < count; ++i) pool.Schedule([this, work] { stay(work); });
+    tasks->offer(count, run, body);
+    for (int64_t i = awake_.load(std::memory_order_relaxed); i < others; ++i)
+      pool.Schedule([this, others] { stay(others); });
+    tasks->work();
+    for (int64_t turn = 1; tasks->unfinished.load(std::memory_order_acquire) > 0; ++turn) {
+      relax();
+      if (turn % 4096 == 0) std::this_thread::yield();  // whoever has the task may be waiting for this core
+    }
+    tasks->in_use.store(false, std::memory_order_release);
   }
 
  private:
-  void stay(Work work) {
-    while (work && work()) work = next();
-  }
-
-  Work next() {
+  // Works while there is something to do, and is one of `most` threads that do.
+  void stay(int64_t most) {
+    using Clock = std::chrono::steady_clock;
     constexpr auto kAwake = std::chrono::microseconds(100);
-    const auto since = std::chrono::steady_clock::now();
-    awake_.fetch_add(1);
-    Work found;
-    do {
-      for (int i = 0; i < 64 && num_waiting_.load(std::memory_order_acquire) == 0; ++i) relax();
-      if (num_waiting_.load(std::memory_order_acquire) > 0) found = take();
-    } while (!found && std::chrono::steady_clock::now() - since < kAwake);
+    if (awake_.fetch_add(1) < most) {
+      auto since = Clock::now();
+      do {
+        bool worked = false;
+        for (int i = 0; i < 64; ++i, relax())
+          for (Tasks& tasks : calls_) worked |= tasks.work();
+        if (worked) since = Clock::now();
+      } while (Clock::now() - since < kAwake);
+    }
     awake_.fetch_sub(1);
-    return found;
   }
 
-  Work take() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (waiting_.empty()) return nullptr;
-    Work work = std::move(waiting_.back());
-    waiting_.pop_back();
-    num_waiting_.store(static_cast<int64_t>(waiting_.size()), std::memory_order_release);
-    return work;
-  }
-
-  std::atomic<int64_t> awake_{0}, num_waiting_{0};
-  std::mutex mutex_;
-  std::vector<Work> waiting_;
+  std::array<Tasks, 4> calls_;  // that go on at once
+  alignas(64) std::atomic<int64_t> awake_{0};
 };
 
 inline Helpers& helpers() {
@@ -79,34 +113,14 @@ inline Helpers& helpers() {
   return *all;
 }
 
-// Calls f(i) for i in [0, count), in any order and from several threads, and returns when all are done.
-// The caller takes tasks as well, so a pool that is busy, or is the caller's own, cannot hold it up for ever.
+// Calls f(i) for i in [0, count), in any order and from several threads, and returns when all are done. No task may
+// throw. The caller takes tasks as well, so a pool that is busy, or is the caller's own, cannot hold it up for ever.
 template <class F>
 void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const F& f) {
-  const int64_t wanted = std::min<int64_t>(pool.num_threads() - 1, count - 1);
-  if (wanted <= 0) {
-    for (int64_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto state = std::make_shared<State>();
-  const F* body = &f;
-  auto work = [state, body, count]() noexcept {  // a task that throws would leave the others without their body
-    bool worked = false;
-    for (int64_t i; (i = state->next.fetch_add(1)) < count; worked = true) {
-      (*body)(i);
-      state->done.fetch_add(1, std::memory_order_release);
-    }
-    return worked;
-  };
-  helpers().call(pool, wanted, work);
-  work();
-  for (int64_t turn = 1; state->done.load(std::memory_order_acquire) < count; ++turn) {
-    relax();
-    if (turn % 4096 == 0) std::this_thread::yield();  // whoever has the task may be waiting for this core
-  }
+  const int64_t others = std::min<int64_t>(pool.num_threads() - 1, count - 1);
+  const auto run = [](const void* body, int64_t i) noexcept { (*static_cast<const F*>(body))(i); };
+  if (others > 0) return helpers().call(pool, others, count, run, &f);
+  for (int64_t i = 0; i < count; ++i) f(i);
 }
 
 }  // namespace mla

@@ -230,14 +230,15 @@ def test_transposed_heads_beyond_the_weight_are_refused(change):
 def test_calls_at_the_same_time_do_not_disturb_each_other():
     arrays, _ = dispatch.operands(_weight("q8_0", 2048, 512))
     multiply = jax.jit(lambda x: cpu_kernels.matmul(x, *arrays, format="q8_0"))
-    inputs = [jnp.asarray(np.random.default_rng(i).standard_normal((3, 512)), jnp.float32) for i in range(4)]
+    callers = 9  # more than have others help them at a time
+    inputs = [jnp.asarray(np.random.default_rng(i).standard_normal((3, 512)), jnp.float32) for i in range(callers)]
     alone = [np.asarray(multiply(x)) for x in inputs]
 
     def repeat(i):
         return [np.asarray(multiply(inputs[i])) for _ in range(100)]
 
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        for expected, results in zip(alone, threads.map(repeat, range(4)), strict=True):
+    with concurrent.futures.ThreadPoolExecutor(callers) as threads:
+        for expected, results in zip(alone, threads.map(repeat, range(callers)), strict=True):
             for result in results:
                 np.testing.assert_array_equal(result, expected)
 
