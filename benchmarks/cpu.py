@@ -17,8 +17,8 @@ GB/s     what a decode step reads / its seconds, and its share of a plain read: 
 Loading, filling the cache and a whole warm-up run at each depth, which compiles, are not counted. An engine
 that ends or gives NaN in a cell is recorded with its reason; ours is then compared with that engine's float16
 cache. Decode seconds over depth are fitted with lines, whose slopes stand beside the time to read the cache.
-Quality is KL of logits to those of float32 products by this project, with a float16 cache, of a prompt at
-once and step by step.
+Quality is KL of logits to those of float32 products by this project, with a float16 cache, of the first tokens
+of the sources of Python's argparse as a prompt at once and step by step.
 
 With `--peer_bin` a native build of ik_llama.cpp is a third engine, by its own sweep benchmark (see
 `sweep_bench.py`): a sweep measures all depths at once, so sweeps are spread evenly among the runs, and their
@@ -28,6 +28,7 @@ Prints tables of medians, and as its last line one JSON object. `--out` is writt
 (by matplotlib, extra `notebooks`) at the end. Without the extra `peers` the package is left out.
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -136,7 +137,7 @@ def _compare(model, has_peer, folder):
     options = dict(ctx_size=num_tokens, threads=len(os.sched_getaffinity(0)))
     path = lambda name: str(pathlib.Path(folder) / f"{name}.npy")
     with ik.Process(model, script=cpu_grid.SCRIPTS[OURS], **options) as ours:
-        tokens = cpu_grid.random_tokens(ours.ask("describe")["vocab_size"], num_tokens)
+        tokens = ours.ask("encode", text=pathlib.Path(argparse.__file__).read_text(), count=num_tokens)
         ours.ask("logits", tokens=tokens, step=False, exact=True, out=path("exact"))
 
         def compare(process, way):

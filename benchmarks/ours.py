@@ -55,6 +55,10 @@ class _Engine:
             cache_bytes_per_token=bytes_per_token(config, self.model.run),
         )
 
+    def encode(self, text, count):
+        """Returns the first `count` tokens of a text."""
+        return self.model.tokenizer.encode(text, add_special=False)[:count]
+
     def prefill(self, tokens, start):
         """Puts tokens after the first `start` in the cache; returns the seconds to the greedy next one."""
         seconds = self._request(tokens, start, 1)
