@@ -108,13 +108,16 @@ inline void arrange(ffi::ThreadPool& pool, Activations* memory, bool quantised, 
   x->tiles = memory->tiles.data();
 }
 
-// Returns how many rows of `parts` matrices, which meet `rows` of activations each, a task takes: enough tasks for
-// balance, each worth its taking.
+// Returns how many rows of `parts` matrices, which meet `rows` of activations each, a task takes: each is worth its
+// taking, and all threads take as many.
 inline int64_t rows_per_task(const Matrix& matrix, int64_t parts, int64_t rows, int64_t threads) {
   threads = std::max<int64_t>(threads, 1);
-  const int64_t even = (matrix.rows * parts + 4 * threads - 1) / (4 * threads);
-  const int64_t least = kTaskBytes / std::clamp<int64_t>(rows, 1, 4) / std::max<int64_t>(matrix.row_bytes, 1) + 1;
-  return (std::min(std::max(even, least), std::max<int64_t>(matrix.rows, 1)) + 15) / 16 * 16;
+  const int64_t work = matrix.rows * parts * matrix.row_bytes * std::clamp<int64_t>(rows, 1, 4);
+  int64_t tasks = std::clamp<int64_t>((work + kTaskBytes - 1) / kTaskBytes, 1, 4 * threads);
+  if (tasks > threads) tasks -= tasks % threads;
+  const int64_t step = std::max<int64_t>((matrix.rows * parts + tasks - 1) / tasks, 1);
+  const int64_t steps = std::max<int64_t>((matrix.rows + step - 1) / step, 1);  // of a matrix
+  return std::max<int64_t>((matrix.rows + steps - 1) / steps + 15, 16) / 16 * 16;
 }
 
 }  // namespace mla
