@@ -17,8 +17,8 @@ GB/s     what a decode step reads / its seconds, and its share of a plain read: 
 Loading, filling the cache and a whole warm-up run at each depth, which compiles, are not counted. An engine
 that ends or gives NaN in a cell is recorded with its reason; ours is then compared with that engine's float16
 cache. Decode seconds over depth are fitted with lines, whose slopes stand beside the time to read the cache.
-Quality is KL of logits to those of float32 products by this project, with a float16 cache. The text is that of
-Python's argparse, as a prompt at once and step by step.
+Quality is KL of logits to those of float32 products by this project, with a float16 cache. The text is the
+beginning of Python's argparse, as a prompt at once and step by step.
 
 With `--peer_bin` a native build of ik_llama.cpp is a third engine, by its own sweep benchmark (see
 `sweep_bench.py`): a sweep measures all depths at once, so sweeps are spread evenly among the runs, and their
