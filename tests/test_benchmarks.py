@@ -1,8 +1,12 @@
 """What the CPU benchmark makes of numbers and of logs; nothing is measured here."""
 
+import dataclasses
+
+import jax
 import pytest
 
-from benchmarks import cpu_report, sweep_bench
+import checkpoints_tools
+from benchmarks import cpu_report, random_model, sweep_bench
 
 ROW = "|   512 |     64 | {depth:6} |    1.024 |   500.00 |    {seconds} |   {speed} |"
 TABLE = f"""
@@ -92,3 +96,20 @@ def test_ours_is_compared_with_the_float16_cache_of_an_engine_that_refuses():
     cpu_report.add_ratios_to_f16(cells)
     assert refusing["ratios_to_f16"] == dict(peer=dict(prefill=1.0, decode=0.6))
     assert not any("ratios_to_f16" in cell for cell in cells if cell is not refusing)
+
+
+def test_random_model_has_the_shapes_of_its_config_and_the_types_that_fit(tmp_path):
+    mla = dataclasses.replace(random_model.BENCH.mla, q_lora_rank=256, kv_lora_rank=256, num_heads=2)
+    moe = dataclasses.replace(random_model.BENCH.moe, num_experts=300, expert_hidden_dim=96)
+    sizes = dict(vocab_size=4100, embed_dim=256, num_layers=2, dense_hidden_dim=512, mla=mla, moe=moe)
+    config = dataclasses.replace(random_model.BENCH, norm_epsilon=2.0**-20, **sizes)
+    path = tmp_path / "random.gguf"
+    random_model.write(path, config, "q4_K")
+    checkpoint = checkpoints_tools.load_gguf(path)
+    assert checkpoint.config == config
+    assert len(checkpoint.metadata["tokenizer.ggml.tokens"]) == 4100
+    types = {name: info.type_name for name, info in checkpoint.file_tensors.items()}
+    assert types["blk.1.ffn_gate_exps.weight"] == "q4_K"
+    assert types["blk.1.ffn_down_exps.weight"] == "iq4_nl"  # rows of 96 weights
+    assert types["blk.1.ffn_gate_inp.weight"] == "f32"
+    assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoint.params))
