@@ -17,8 +17,8 @@ GB/s     what a decode step reads / its seconds, and its share of a plain read: 
 Loading, filling the cache and a whole warm-up run at each depth, which compiles, are not counted. An engine
 that ends or gives NaN in a cell is recorded with its reason; ours is then compared with that engine's float16
 cache. Decode seconds over depth are fitted with lines, whose slopes stand beside the time to read the cache.
-Quality is KL of logits to those of float32 products by this project, with a float16 cache. The text is the
-beginning of Python's argparse, as a prompt at once and step by step.
+Quality is KL of logits to those of float32 products by this project, with a float16 cache, of a prompt at
+once and step by step. Its text is of Python's library, and not what the packaged model was trained on.
 
 With `--peer_bin` a native build of ik_llama.cpp is a third engine, by its own sweep benchmark (see
 `sweep_bench.py`): a sweep measures all depths at once, so sweeps are spread evenly among the runs, and their
@@ -28,7 +28,6 @@ Prints tables of medians, and as its last line one JSON object. `--out` is writt
 (by matplotlib, extra `notebooks`) at the end. Without the extra `peers` the package is left out.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -137,7 +136,7 @@ def _compare(model, has_peer, folder):
     options = dict(ctx_size=num_tokens, threads=len(os.sched_getaffinity(0)))
     path = lambda name: str(pathlib.Path(folder) / f"{name}.npy")
     with ik.Process(model, script=cpu_grid.SCRIPTS[OURS], **options) as ours:
-        tokens = ours.ask("encode", text=pathlib.Path(argparse.__file__).read_text(), count=num_tokens)
+        tokens = ours.ask("text", count=num_tokens)
         ours.ask("logits", tokens=tokens, step=False, exact=True, out=path("exact"))
 
         def compare(process, way):
@@ -152,7 +151,7 @@ def _compare(model, has_peer, folder):
                 return dict(refuses=cpu_report.refusal(str(error)))
 
         for way in ("at once", "step by step"):
-            place = dict(model=pathlib.Path(model).name, tokens=num_tokens, way=way)
+            place = dict(model=pathlib.Path(model).name, tokens=len(tokens), way=way)
             yield place | dict(engine=OURS) | compare(ours, way)
             if has_peer:
                 yield place | dict(engine=PEER) | compare_peer(way)

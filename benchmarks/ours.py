@@ -19,8 +19,10 @@ import ik  # noqa: E402
 import checkpoints_tools  # noqa: E402
 import mla_jax  # noqa: E402
 from checkpoints_tools import layout  # noqa: E402
+from mla_jax import corpus  # noqa: E402
 from mla_jax.cache import bytes_per_token  # noqa: E402
 
+_MOST_CHARACTERS = 16  # of a token, on average
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of what getrusage tells
 
 
@@ -55,9 +57,10 @@ class _Engine:
             cache_bytes_per_token=bytes_per_token(config, self.model.run),
         )
 
-    def encode(self, text, count):
-        """Returns the first `count` tokens of a text."""
-        return self.model.tokenizer.encode(text, add_special=False)[:count]
+    def text(self, count):
+        """Returns `count` tokens of Python's library that the packaged model was not trained on."""
+        texts = "\n".join(corpus.standard_library().held_out)
+        return self.model.tokenizer.encode(texts[: _MOST_CHARACTERS * count], add_special=False)[:count]
 
     def prefill(self, tokens, start):
         """Puts tokens after the first `start` in the cache; returns the seconds to the greedy next one."""

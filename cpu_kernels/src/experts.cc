@@ -10,8 +10,6 @@ namespace mla {
 
 namespace {
 
-constexpr int64_t kTaskNumbers = 2 << 10;  // of the gated middle: enough to pay for taking them
-
 // Pairs of a token and one of its experts, sorted by expert.
 struct Pairs {
   std::vector<int32_t> begin;  // [experts + 1]
@@ -77,8 +75,8 @@ void for_expert_rows(ffi::ThreadPool& pool, const Pairs& pairs, const Matrix& ma
     if (pairs.begin[e + 1] > pairs.begin[e]) used.push_back(static_cast<int32_t>(e));
   Matrix part = matrix;
   part.rows = rows;
-  const int64_t count = static_cast<int64_t>(used.size()), mean = pairs.size() / std::max<int64_t>(count, 1);
-  const int64_t step = rows_per_task(part, count, mean, pool.num_threads()), tiles = (rows + step - 1) / step;
+  const int64_t count = static_cast<int64_t>(used.size()), mean_pairs = pairs.size() / std::max<int64_t>(count, 1);
+  const int64_t step = rows_per_task(part, count, mean_pairs, pool.num_threads()), tiles = (rows + step - 1) / step;
   parallel_for(pool, count * tiles, [&](int64_t task) {
     const auto of_task = [&](int64_t i) {
       const int64_t first = i % tiles * step;

@@ -10,7 +10,7 @@ namespace mla {
 
 namespace {
 
-constexpr int64_t kTaskTokens = 16;
+constexpr int64_t kTaskTokens = 4;
 
 // Multiplies `size` numbers by the Hadamard matrix over sqrt(size).
 void rotate(float* x, int size) {

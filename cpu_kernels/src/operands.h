@@ -14,6 +14,7 @@ namespace mla {
 
 namespace ffi = xla::ffi;
 
+constexpr int64_t kTaskNumbers = 2 << 10;  // to quantise, or of the gated middle: enough to pay for taking them
 constexpr int kPanelRows = ActivationTile::kRows;
 constexpr int64_t kTaskBytes = 64 << 10;  // of weights that few activations meet: enough to pay for taking a task
 
@@ -77,7 +78,7 @@ inline void read_activations(ffi::ThreadPool& pool, const float* x, int64_t rows
   out->size = static_cast<int>(size);
   if (!quantised) return;
   out->resize(out->rows, out->size);
-  const int64_t step = rows <= 4 ? rows : 16;
+  const int64_t step = std::max<int64_t>(1, kTaskNumbers / std::max<int64_t>(1, size));
   parallel_for(pool, rows == 0 ? 0 : (rows + step - 1) / step, [&](int64_t task) {
     for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row)
       kernels().quantise(out, static_cast<int>(row));
@@ -108,11 +109,11 @@ inline void arrange(ffi::ThreadPool& pool, Activations* memory, bool quantised, 
   x->tiles = memory->tiles.data();
 }
 
-// Returns how many rows of `parts` matrices, which meet `rows` of activations each, a task takes: each is worth its
-// taking, and all threads take as many.
-inline int64_t rows_per_task(const Matrix& matrix, int64_t parts, int64_t rows, int64_t threads) {
+// Returns how many rows of `parts` matrices, which so many activations meet, a task takes: each is worth its taking,
+// and all threads take as many, as nearly as whole panels allow.
+inline int64_t rows_per_task(const Matrix& matrix, int64_t parts, int64_t activations, int64_t threads) {
   threads = std::max<int64_t>(threads, 1);
-  const int64_t work = matrix.rows * parts * matrix.row_bytes * std::clamp<int64_t>(rows, 1, 4);
+  const int64_t work = matrix.rows * parts * matrix.row_bytes * std::clamp<int64_t>(activations, 1, 4);
   int64_t tasks = std::clamp<int64_t>((work + kTaskBytes - 1) / kTaskBytes, 1, 4 * threads);
   if (tasks > threads) tasks -= tasks % threads;
   const int64_t step = std::max<int64_t>((matrix.rows * parts + tasks - 1) / tasks, 1);

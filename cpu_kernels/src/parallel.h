@@ -34,19 +34,19 @@ struct alignas(64) Tasks {
   alignas(64) std::atomic<int64_t> unfinished{0};
   std::atomic<bool> in_use{false};
 
-  // Offers `number` tasks. Those of the call before have all ended.
+  // Offers `number` tasks, fewer than 2 ** 32. Those of the call before have all ended.
   void offer(int64_t number, Run how, const void* with) {
     count.store(number, std::memory_order_relaxed);
     run.store(how, std::memory_order_relaxed);
     body.store(with, std::memory_order_relaxed);
     unfinished.store(number, std::memory_order_relaxed);
     const uint64_t call = (left.load(std::memory_order_relaxed) >> 32) + 1;
-    left.store(call << 32 | static_cast<uint32_t>(number), std::memory_order_release);
+    left.store(call << 32 | static_cast<uint32_t>(number));
   }
 
   // Does tasks until all are taken, and returns whether there were any.
   bool work() {
-    uint64_t seen = left.load(std::memory_order_acquire);
+    uint64_t seen = left.load();
     const uint64_t call = seen >> 32;
     const int64_t all = count.load(std::memory_order_relaxed);  // of that call, if one of its tasks can still be taken
     const Run how = run.load(std::memory_order_relaxed);
@@ -67,28 +67,34 @@ struct alignas(64) Tasks {
 // runs, and waking a thread takes longer than many a product. Then they go back to the pool, and sleep.
 class Helpers {
  public:
-  // Has tasks done by this thread and by `others` at most; by this one alone where more calls than usual go on at once.
+  // Does `count` tasks on this thread, and on as many as `others` more that are awake or can be woken.
   void call(xla::ffi::ThreadPool& pool, int64_t others, int64_t count, Tasks::Run run, const void* body) {
-    const auto tasks = std::find_if(calls_.begin(), calls_.end(), [](Tasks& tasks) {
-      return !tasks.in_use.exchange(true, std::memory_order_acquire);
-    });
-    if (tasks == calls_.end()) {
+    Tasks* const tasks = claim();
+    if (tasks == nullptr) {
       for (int64_t i = 0; i < count; ++i) run(body, i);
       return;
     }
     tasks->offer(count, run, body);
-    for (int64_t i = awake_.load(std::memory_order_relaxed); i < others; ++i)
-      pool.Schedule([this, others] { stay(others); });
+    const int64_t most = pool.num_threads() - 1, wanted = std::min(wanted_.fetch_add(others) + others, most);
+    for (int64_t i = awake_.load(); i < wanted; ++i) pool.Schedule([this, most] { stay(most); });
     tasks->work();
     for (int64_t turn = 1; tasks->unfinished.load(std::memory_order_acquire) > 0; ++turn) {
       relax();
       if (turn % 4096 == 0) std::this_thread::yield();  // whoever has the task may be waiting for this core
     }
+    wanted_.fetch_sub(others);
     tasks->in_use.store(false, std::memory_order_release);
   }
 
  private:
-  // Works while there is something to do, and is one of `most` threads that do.
+  // Returns what no call uses; null where as many calls as there is room for go on at once.
+  Tasks* claim() {
+    for (Tasks& tasks : calls_)
+      if (!tasks.in_use.exchange(true, std::memory_order_acquire)) return &tasks;
+    return nullptr;
+  }
+
+  // Helps whatever calls there are, until there has been nothing to do for a while; not if `most` threads do already.
   void stay(int64_t most) {
     using Clock = std::chrono::steady_clock;
     constexpr auto kAwake = std::chrono::microseconds(100);
@@ -96,15 +102,22 @@ class Helpers {
       auto since = Clock::now();
       do {
         bool worked = false;
-        for (int i = 0; i < 64; ++i, relax())
-          for (Tasks& tasks : calls_) worked |= tasks.work();
+        for (int i = 0; i < 64; ++i, relax()) worked |= help();
         if (worked) since = Clock::now();
       } while (Clock::now() - since < kAwake);
     }
     awake_.fetch_sub(1);
+    help();  // a call that began meanwhile may have counted on this thread
   }
 
-  std::array<Tasks, 4> calls_;  // that go on at once
+  bool help() {
+    bool worked = false;
+    for (Tasks& tasks : calls_) worked |= tasks.work();
+    return worked;
+  }
+
+  std::array<Tasks, 16> calls_;  // that go on at once
+  alignas(64) std::atomic<int64_t> wanted_{0};  // threads, by all calls that go on
   alignas(64) std::atomic<int64_t> awake_{0};
 };
 

@@ -11,7 +11,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kTaskNumbers = 16 << 10;  // enough to pay for taking them
+constexpr int64_t kTaskNumbers = 4 << 10;  // enough to pay for taking them
 
 // q [B, T, N, H + P], cos and sin [B, T, P / 2] -> [B, T, N, H] and [B, T, N, P].
 ffi::Error split_queries(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> cos,

@@ -13,7 +13,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kTaskNumbers = 4 << 10;  // enough to pay for taking them
+constexpr int64_t kTaskNumbers = 128;  // enough to pay for taking them
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // The rule: K of E experts, out of those of some groups.

@@ -31,7 +31,7 @@ struct ScaledVector {
   float scale;
   __m512i sum, high[kMaxPanels], low[kMaxPanels];  // the sum is of 16 parts
 
-  ScaledVector(const float* x, const __m512* scales, int panels) {
+  void set(const float* x, const __m512* scales, int panels) {
     __m512 scaled[kMaxPanels];
     __m512i top = _mm512_setzero_si512();  // magnitudes are in the order of their bits, above all what is no number
     for (int p = 0; p < panels; ++p) {
@@ -80,9 +80,8 @@ class TransposedBlock {
   // x.to(t + i)[column + c] = or += sum over rows of x.in(t + i)[row + r] * weight[r][c], of kCount vectors.
   template <int kCount>
   void multiply(const Vectors& x, int t, int row, int64_t column) const {
-    alignas(64) char memory[kCount][sizeof(ScaledVector)];
-    const ScaledVector* vectors[kCount];
-    for (int i = 0; i < kCount; ++i) vectors[i] = new (memory[i]) ScaledVector(x.in(t + i) + row, scales_, panels_);
+    ScaledVector vectors[kCount];
+    for (int i = 0; i < kCount; ++i) vectors[i].set(x.in(t + i) + row, scales_, panels_);
     __m512i sums[kCount][8];  // of four columns and a quarter of the rows
     for (int q = 0; q < 8; ++q) {
       __m512i high[kCount], low[kCount];
@@ -91,20 +90,21 @@ class TransposedBlock {
         const __m512i four = turned(panel(p).codes(q));
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) {
-          high[i] = add_products(high[i], four, vectors[i]->high[p]);
-          low[i] = add_products(low[i], four, vectors[i]->low[p]);
+          high[i] = add_products(high[i], four, vectors[i].high[p]);
+          low[i] = add_products(low[i], four, vectors[i].low[p]);
         }
       }
       for (int i = 0; i < kCount; ++i) sums[i][q] = _mm512_add_epi32(_mm512_slli_epi32(high[i], 8), low[i]);
     }
     for (int i = 0; i < kCount; ++i) {
-      const __m512i offset = _mm512_set1_epi32(PanelChunk<F>::kZeroCode * _mm512_reduce_add_epi32(vectors[i]->sum));
-      const __m512 scale = _mm512_set1_ps(vectors[i]->scale);
+      const __m512i offset = _mm512_set1_epi32(PanelChunk<F>::kZeroCode * _mm512_reduce_add_epi32(vectors[i].sum));
+      const __m512 scale = _mm512_set1_ps(vectors[i].scale);
       float* out = x.to(t + i) + column;
       for (int half = 0; half < 2; ++half, out += 16) {
         const __m512i all = _mm512_sub_epi32(add_all(sums[i] + 4 * half), offset);
-        const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(all), scale);
-        _mm512_storeu_ps(out, row > 0 ? _mm512_add_ps(_mm512_loadu_ps(out), product) : product);
+        // Fused in so many words: a compiler that fused for one count of vectors alone would have them differ.
+        const __m512 before = row > 0 ? _mm512_loadu_ps(out) : _mm512_setzero_ps();
+        _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), scale, before));
       }
     }
   }

@@ -88,14 +88,16 @@ def test_a_transposed_product_is_the_definition(name, H, tokens, panel_set):
         assert np.linalg.norm(out - exact) < 1e-4 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("rows", [16, 304])  # of a head: more than 256 are added to what is there
 @pytest.mark.parametrize("name", TRANSPOSED)
-def test_tokens_do_not_see_each_other(name, panel_set):
-    weight = _packed(_weight(name, 96, 64))
-    x = _draw(1, 6, 3, 16)
+def test_tokens_do_not_see_each_other(name, rows, panel_set):
+    stride = rows + 16
+    weight = _packed(_weight(name, 3 * stride, 64))
+    x = _draw(1, 6, 3, rows)
     x[1], x[2, 1, 3], x[3] = np.nan, np.inf, 0.0
-    together = _transposed(name, weight, x, size=64, stride=32)
+    together = _transposed(name, weight, x, size=64, stride=stride)
     for i in range(6):
-        alone = _transposed(name, weight, x[i : i + 1], size=64, stride=32)
+        alone = _transposed(name, weight, x[i : i + 1], size=64, stride=stride)
         np.testing.assert_array_equal(alone[0], together[i])
     assert np.isnan(together[1]).all() and np.isnan(together[2, 1]).all() and (together[3] == 0).all()
     assert np.isfinite(together[[0, 2, 4, 5]][:, [0, 2]]).all()
