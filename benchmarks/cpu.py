@@ -32,6 +32,7 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,8 @@ _CACHE_TYPES = flags.DEFINE_list("cache_types", ["f16", "q8_0"], "as ik_llama.cp
 _PROMPT = flags.DEFINE_integer("prompt", 512, "tokens of a prompt.", lower_bound=2)
 _PREDICT = flags.DEFINE_integer("predict", 64, "tokens to decode.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "runs of each engine in each cell.", lower_bound=1)
-_QUALITY = flags.DEFINE_integer("quality_tokens", 256, "tokens to compare; 0 for none.", lower_bound=0)
+_QUALITY = flags.DEFINE_integer("quality_tokens", 256, "tokens of a text to compare; 0: none.", lower_bound=0)
+_QUALITY_TEXTS = flags.DEFINE_integer("quality_texts", 1, "texts to compare.", lower_bound=1)
 _PEER_BIN = flags.DEFINE_string("peer_bin", None, f"folder with {sweep_bench.PROGRAM} of a native build.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write as well; its plot gets the suffix .png.")
 
@@ -132,16 +134,22 @@ def _report_progress(result):
 
 def _compare(model, has_peer, folder):
     """Yields how far the engines are from float32 products on one file, with a float16 cache."""
-    num_tokens = _QUALITY.value
-    options = dict(ctx_size=num_tokens, threads=len(os.sched_getaffinity(0)))
+    size = _QUALITY.value
+    options = dict(ctx_size=size, threads=len(os.sched_getaffinity(0)))
     path = lambda name: str(pathlib.Path(folder) / f"{name}.npy")
     with ik.Process(model, script=cpu_grid.SCRIPTS[OURS], **options) as ours:
-        tokens = ours.ask("text", count=num_tokens)
-        ours.ask("logits", tokens=tokens, step=False, exact=True, out=path("exact"))
+        tokens = ours.ask("text", count=size * _QUALITY_TEXTS.value)
+        texts = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+        for i, text in enumerate(texts):
+            ours.ask("logits", tokens=text, step=False, exact=True, out=path(f"exact{i}"))
 
         def compare(process, way):
-            process.ask("logits", tokens=tokens, step=way == "step by step", out=path("found"))
-            return ours.ask("closeness", reference=path("exact"), found=path("found"))
+            found = []
+            for i, text in enumerate(texts):
+                process.ask("logits", tokens=text, step=way == "step by step", out=path("found"))
+                found.append(ours.ask("closeness", reference=path(f"exact{i}"), found=path("found")))
+            kls = [one["kl"] for one in found]
+            return dict(kl=statistics.mean(kls), top1=statistics.mean(one["top1"] for one in found), kls=kls)
 
         def compare_peer(way):
             try:
