@@ -121,7 +121,12 @@ def main(argv):
     if _LAYERS.value is not None:
         dense = min(config.num_dense_layers, _LAYERS.value)
         config = dataclasses.replace(config, num_layers=_LAYERS.value, num_dense_layers=dense)
-    write(argv[1], config, _TYPE.value)
+    if os.path.isdir(argv[1]):
+        raise app.UsageError(f"the file to write must be no folder, got {argv[1]}.")
+    try:
+        write(argv[1], config, _TYPE.value)
+    except OSError as error:
+        sys.exit(f"{argv[1]}: cannot be written: {error.strerror}.")
     print(f"{argv[1]}: {os.path.getsize(argv[1]) / 1e9:.2f} GB")
 
 
