@@ -230,7 +230,7 @@ def test_transposed_heads_beyond_the_weight_are_refused(change):
 def test_calls_at_the_same_time_do_not_disturb_each_other():
     arrays, _ = dispatch.operands(_weight("q8_0", 2048, 512))
     multiply = jax.jit(lambda x: cpu_kernels.matmul(x, *arrays, format="q8_0"))
-    callers = 9  # more than have others help them at a time
+    callers = 18  # more than others help at a time
     inputs = jnp.asarray(np.random.default_rng(0).standard_normal((callers, 3, 512)), jnp.float32)
     alone = [np.asarray(multiply(x)) for x in inputs]
 
