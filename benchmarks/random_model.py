@@ -25,35 +25,19 @@ import checkpoints_tools  # noqa: E402
 from checkpoints_tools import gguf_writer, hparams, layout, recipe, save  # noqa: E402
 from checkpoints_tools.ggml_types import IDS, TYPES  # noqa: E402
 from mla_jax import presets, quant  # noqa: E402
-from mla_jax.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig  # noqa: E402
+from mla_jax.config import ModelConfig, RopeConfig  # noqa: E402
 from mla_jax.generate import PACKAGED_MODEL  # noqa: E402
 
-BENCH = ModelConfig(
+_BASE = presets.PRESETS["moonlight-16b-a3b"]
+BENCH = dataclasses.replace(
+    _BASE,
     vocab_size=32000,
     context_length=32768,
-    embed_dim=2048,
     num_layers=6,
-    num_dense_layers=1,
     dense_hidden_dim=10944,
     norm_epsilon=1e-6,
-    mla=MLAConfig(
-        num_heads=16,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-    ),
-    moe=MoEConfig(
-        num_experts=64,
-        num_experts_per_token=6,
-        expert_hidden_dim=1408,
-        num_shared_experts=2,
-        gating="sigmoid",
-        has_selection_bias=True,
-        normalize_weights=True,
-        weights_scale=2.5,
-    ),
+    mla=dataclasses.replace(_BASE.mla, q_lora_rank=1536),
+    moe=dataclasses.replace(_BASE.moe, weights_scale=2.5),
     rope=RopeConfig(base=10000.0),
 )
 _CONFIGS = presets.PRESETS | {"bench": BENCH}
