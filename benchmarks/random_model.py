@@ -2,7 +2,7 @@
 
     python benchmarks/random_model.py bench-q8_0.gguf    # 3.3 GB, the large model of docs/speed.md
     python benchmarks/random_model.py bench-iq4_ks.gguf --type iq4_ks
-    python benchmarks/random_model.py v2-lite.gguf --preset deepseek-v2-lite --type q4_K --layers 4
+    python benchmarks/random_model.py v2-lite.gguf --preset deepseek-v2-lite --type q4_K --num_layers 4
 
 Speed does not depend on what the weights are, so a few random rows are encoded and repeated: memory does not
 grow with the file. Rows that are no whole blocks of the type get another, as from `mla-jax quantize`. The
@@ -46,7 +46,7 @@ _ROWS = 256  # random ones, repeated as often as is needed; more than a router h
 
 _PRESET = flags.DEFINE_enum("preset", "bench", sorted(_CONFIGS), "shapes.")
 _TYPE = flags.DEFINE_enum("type", "q8_0", quant.ENCODABLE, "type of the matrices; routers stay float32.")
-_LAYERS = flags.DEFINE_integer("layers", None, "layers; None: as many as the model has.", lower_bound=1)
+_LAYERS = flags.DEFINE_integer("num_layers", None, "of the model, the first ones. [all]", lower_bound=1)
 
 
 def write(path: str | os.PathLike, config: ModelConfig, weight_type: str) -> None:
