@@ -30,15 +30,17 @@ def read_weight(module: nn.Module, name: str, init, shape):
 
 
 class Linear(nn.Module):
-    """`x @ weight.T`, weight [features, in], plain or in GGUF blocks; float32 result."""
+    """`x @ weight.T`, weight [features, in], plain or in GGUF blocks; float32 result, see `quant.matmul`."""
 
     features: int
     init_scale: float = 1.0
+    keeps_rest: bool = False
 
     @nn.compact
     def __call__(self, x):
         init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "normal", in_axis=-1, out_axis=-2)
-        return quant.matmul(x, read_weight(self, "weight", init, (self.features, x.shape[-1])))
+        weight = read_weight(self, "weight", init, (self.features, x.shape[-1]))
+        return quant.matmul(x, weight, keeps_rest=self.keeps_rest)
 
 
 class NormWeight(nn.Module):

@@ -82,7 +82,7 @@ class Transformer(nn.Module):
             layer = nn.jit(layer)  # so that those that are alike are traced once
         self.layers = [layer(config, self.run, config.is_dense(i)) for i in range(config.num_layers)]
         self.output_norm = RMSNorm(config.norm_epsilon)
-        self.output = Linear(vocab_size)
+        self.output = Linear(vocab_size, keeps_rest=True)  # what is rounded here, nothing evens out
 
     def hidden(
         self,

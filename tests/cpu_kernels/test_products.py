@@ -93,6 +93,26 @@ def test_rows_of_nan_and_of_tiny_numbers(instruction_set):
     assert np.isnan(out[0]).all() and (out[1] == 0).all() and np.isfinite(out[2]).all()
 
 
+@pytest.mark.parametrize("name", ["q8_0", "q4_K", "iq4_xs", "f16"])
+def test_products_that_keep_the_rest_are_nearly_those_of_float32(name, instruction_set):
+    weight, exact_weight = _weight(name, 37, 512), _decoded(name, 37, 512)
+    x = np.random.default_rng(1).standard_normal((2, 3, 512)).astype(np.float32)
+    x[0, 1, :32], x[1, 0] = 0, 0
+    multiply = jax.jit(functools.partial(quant.matmul, keeps_rest=True))
+    out, exact = multiply(x, weight), x @ exact_weight.T
+    assert _distance(out, exact) < 1e-4
+    if name in FLOAT:
+        np.testing.assert_array_equal(out, quant.matmul(x, weight))
+    else:
+        assert _distance(quant.matmul(x, weight), exact) > 2e-3
+    gradient = jax.grad(lambda x: multiply(x, weight).sum())(x)
+    assert _distance(gradient, np.broadcast_to(exact_weight.sum(0), x.shape)) < 1e-4
+    x[0, 2, 7], x[1, 1, 40] = np.nan, np.inf
+    spoiled = multiply(x, weight)
+    assert not np.isfinite(spoiled[(0, 1), (2, 1)]).any()
+    np.testing.assert_array_equal(spoiled[0, :2], out[0, :2])
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_head_products_are_the_definition(name, instruction_set):
     N, stride, out, size = 3, 11, 5, _size(name, 8)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mla_jax import perplexity, quant
 from mla_jax.cache import Cache, init_cache
 from mla_jax.config import MLAConfig, MLAMode, ModelConfig, MoEConfig, RopeConfig, RunConfig
 from mla_jax.nn import transformer
@@ -330,3 +331,16 @@ def test_mode_0_without_a_cache_is_the_same_model():
     logits, _ = _apply(params, TOKENS, None, config=V3, run=RunConfig(mla=MLAMode.EXPANDED))
     expected = Definition(V3, params).logits(TOKENS)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_come_from_all_that_the_hidden_states_hold():
+    """The kernels of the CPU would round them to 8 bits."""
+    config = dataclasses.replace(V3, embed_dim=256)
+    rng = np.random.default_rng(0)
+    hidden, weight = (rng.standard_normal((n, 256), dtype=np.float32) for n in (B, config.vocab_size))
+    weight = quant.encode(weight, "q8_0")
+    params = {"output_norm": {"weight": np.ones(256, np.float32)}, "output": {"weight": weight}}
+    with jax.default_matmul_precision("default"):
+        logits = perplexity.unembed(params, hidden, config, RUN)
+    normed = hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + config.norm_epsilon)
+    np.testing.assert_allclose(logits, normed @ np.asarray(quant.decode(weight)).T, rtol=0, atol=2e-3)
