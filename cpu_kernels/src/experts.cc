@@ -128,9 +128,8 @@ ffi::Error expert_ffn(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer
   });
   middles.values = raised.get();
   middles.resize(static_cast<int>(count), static_cast<int>(hidden));
-  const int64_t step = std::max<int64_t>(1, kTaskNumbers / std::max<int64_t>(1, hidden));
-  parallel_for(pool, (count + step - 1) / step, [&](int64_t task) {
-    for (int64_t p = task * step; p < std::min(count, (task + 1) * step); ++p) {
+  parallel_ranges(pool, count, step_of(kTaskNumbers, hidden), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
       kernels().gate(gated.get() + p * hidden, raised.get() + p * hidden, hidden);
       if (!down.format->is_float) kernels().quantise(&middles, static_cast<int>(p));
     }
@@ -145,8 +144,8 @@ ffi::Error expert_ffn(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer
     down.format->matmul(own, rows.begin, rows.end, out_of.of(e), results.get() + pairs.begin[e] * size, size);
   });
   std::fill(out->typed_data(), out->typed_data() + tokens * size, 0.0f);
-  parallel_for(pool, (tokens + 15) / 16, [&](int64_t task) {
-    for (int64_t i = task * 16 * per_token; i < std::min(tokens, (task + 1) * 16) * per_token; ++i)
+  parallel_ranges(pool, tokens, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * per_token; i < end * per_token; ++i)
       if (pairs.place[i] >= 0)
         kernels().add(results.get() + pairs.place[i] * size, weights.typed_data()[i],
                       out->typed_data() + i / per_token * size, size);

@@ -88,10 +88,9 @@ ffi::Error latent_append(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> kv, ffi::Bu
       error.failure())
     return error;
   if (next != pools.size()) return ffi::Error::InvalidArgument("the cache has arrays that its types lack");
-  const int64_t count = batch * tokens;
-  parallel_for(pool, (count + kTaskTokens - 1) / kTaskTokens, [&](int64_t task) {
+  parallel_ranges(pool, batch * tokens, kTaskTokens, [&](int64_t begin, int64_t end) {
     std::vector<float> row(rank + rope);
-    for (int64_t i = task * kTaskTokens; i < std::min(count, (task + 1) * kTaskTokens); ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const int64_t slot = slots.typed_data()[i];
       if (slot < 0 || slot >= table[1] * page_size) continue;
       const int64_t page = pages.typed_data()[i / tokens * table[1] + slot / page_size];

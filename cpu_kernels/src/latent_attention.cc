@@ -108,12 +108,9 @@ struct Work {
       });
     }
     constexpr int64_t kStep = 16;  // queries
-    const auto in_steps = [&](const auto& f) {
-      parallel_for(pool, (all + kStep - 1) / kStep, [&](int64_t i) { f(i * kStep, std::min(all, (i + 1) * kStep)); });
-    };
-    in_steps([&](int64_t begin, int64_t end) { join(begin, end); });
+    parallel_ranges(pool, all, kStep, [&](int64_t begin, int64_t end) { join(begin, end); });
     parallel_for(pool, static_cast<int64_t>(plan.tasks.size()), [&](int64_t i) { attend(i); });
-    in_steps([&](int64_t begin, int64_t end) { merge_all(begin, end); });
+    parallel_ranges(pool, all, kStep, [&](int64_t begin, int64_t end) { merge_all(begin, end); });
   }
 
  private:

@@ -19,9 +19,8 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
   Selection all{&activations, nullptr, static_cast<int>(rows)};
   arrange(pool, &activations, !matrix.format->is_float, &all);
   const int64_t step = rows_per_task(matrix, 1, rows, pool.num_threads());
-  parallel_for(pool, rows == 0 ? 0 : (matrix.rows + step - 1) / step, [&](int64_t task) {
-    matrix.format->matmul(matrix, task * step, std::min(matrix.rows, (task + 1) * step), all, out->typed_data(),
-                          matrix.rows);
+  parallel_ranges(pool, rows == 0 ? 0 : matrix.rows, step, [&](int64_t begin, int64_t end) {
+    matrix.format->matmul(matrix, begin, end, all, out->typed_data(), matrix.rows);
   });
   return ffi::Error::Success();
 }

@@ -1,8 +1,4 @@
 // The norm before every product: one call where XLA has several.
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-
 #include "kernels.h"
 #include "parallel.h"
 
@@ -19,9 +15,8 @@ ffi::Error rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
                     ffi::ResultBuffer<ffi::F32> out, float epsilon) {
   const int64_t size = weight.element_count(), rows = size == 0 ? 0 : out->element_count() / size;
   if (x.dimensions().back() != size) return ffi::Error::InvalidArgument("x does not fit the weight");
-  const int64_t step = std::max<int64_t>(1, kTaskNumbers / std::max<int64_t>(size, 1));
-  parallel_for(pool, (rows + step - 1) / step, [&](int64_t task) {
-    for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row)
+  parallel_ranges(pool, rows, step_of(kTaskNumbers, size), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
       kernels().normalise(x.typed_data() + row * size, weight.typed_data(), size, epsilon,
                           out->typed_data() + row * size);
   });

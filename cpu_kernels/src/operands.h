@@ -78,10 +78,8 @@ inline void read_activations(ffi::ThreadPool& pool, const float* x, int64_t rows
   out->size = static_cast<int>(size);
   if (!quantised) return;
   out->resize(out->rows, out->size);
-  const int64_t step = std::max<int64_t>(1, kTaskNumbers / std::max<int64_t>(1, size));
-  parallel_for(pool, rows == 0 ? 0 : (rows + step - 1) / step, [&](int64_t task) {
-    for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row)
-      kernels().quantise(out, static_cast<int>(row));
+  parallel_ranges(pool, rows, step_of(kTaskNumbers, size), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) kernels().quantise(out, static_cast<int>(row));
   });
 }
 

@@ -67,15 +67,16 @@ struct alignas(64) Tasks {
 // runs, and waking a thread takes longer than many a product. Then they go back to the pool, and sleep.
 class Helpers {
  public:
-  // Does `count` tasks on this thread, and on as many as `others` more that are awake or can be woken.
-  void call(xla::ffi::ThreadPool& pool, int64_t others, int64_t count, Tasks::Run run, const void* body) {
+  // Does `count` tasks on this thread, and on up to `most` others that are awake or can be woken: all of the pool but
+  // one.
+  void call(xla::ffi::ThreadPool& pool, int64_t most, int64_t count, Tasks::Run run, const void* body) {
     Tasks* const tasks = claim();
     if (tasks == nullptr) {
       for (int64_t i = 0; i < count; ++i) run(body, i);
       return;
     }
     tasks->offer(count, run, body);
-    const int64_t most = pool.num_threads() - 1, wanted = std::min(wanted_.fetch_add(others) + others, most);
+    const int64_t others = std::min(most, count - 1), wanted = std::min(wanted_.fetch_add(others) + others, most);
     for (int64_t i = awake_.load(); i < wanted; ++i) pool.Schedule([this, most] { stay(most); });
     tasks->work();
     for (int64_t turn = 1; tasks->unfinished.load(std::memory_order_acquire) > 0; ++turn) {
@@ -130,10 +131,21 @@ inline Helpers& helpers() {
 // throw. The caller takes tasks as well, so a pool that is busy, or is the caller's own, cannot hold it up for ever.
 template <class F>
 void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const F& f) {
-  const int64_t others = std::min<int64_t>(pool.num_threads() - 1, count - 1);
+  const int64_t most = pool.num_threads() - 1;
   const auto run = [](const void* body, int64_t i) noexcept { (*static_cast<const F*>(body))(i); };
-  if (others > 0) return helpers().call(pool, others, count, run, &f);
+  if (most > 0 && count > 1) return helpers().call(pool, most, count, run, &f);
   for (int64_t i = 0; i < count; ++i) f(i);
+}
+
+// Calls f(begin, end) for ranges of `step` and a last one of what is left, [0, count) together, as `parallel_for` does.
+template <class F>
+void parallel_ranges(xla::ffi::ThreadPool& pool, int64_t count, int64_t step, const F& f) {
+  parallel_for(pool, (count + step - 1) / step, [&](int64_t i) { f(i * step, std::min(count, (i + 1) * step)); });
+}
+
+// Returns how many things of `size` numbers each a task takes that is to have about `numbers`.
+inline int64_t step_of(int64_t numbers, int64_t size) {
+  return std::max<int64_t>(1, numbers / std::max<int64_t>(1, size));
 }
 
 }  // namespace mla

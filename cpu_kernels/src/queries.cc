@@ -26,9 +26,8 @@ ffi::Error split_queries(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buf
   if (size < 0 || static_cast<int64_t>(plain->element_count()) != tokens * heads * size ||
       static_cast<int64_t>(rotated->element_count()) != tokens * heads * rope)
     return ffi::Error::InvalidArgument("the parts do not fit the queries");
-  const int64_t step = std::max<int64_t>(1, kTaskNumbers / std::max<int64_t>(1, heads * width));
-  parallel_for(pool, (tokens + step - 1) / step, [&](int64_t task) {
-    for (int64_t i = task * step; i < std::min(tokens, (task + 1) * step); ++i)
+  parallel_ranges(pool, tokens, step_of(kTaskNumbers, heads * width), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
       for (int64_t n = i * heads; n < (i + 1) * heads; ++n) {
         const float* query = q.typed_data() + n * width;
         std::copy_n(query, size, plain->typed_data() + n * size);

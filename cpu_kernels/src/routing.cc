@@ -134,10 +134,9 @@ ffi::Error select_experts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ff
       minimum.element_count() != threshold.element_count() ||
       (is_reduced && static_cast<int64_t>(minimum.element_count()) != tokens))
     return ffi::Error::InvalidArgument("bias, minimum and threshold do not fit the logits");
-  const int64_t step = std::max<int64_t>(1, kTaskNumbers / rule.experts);
-  parallel_for(pool, (tokens + step - 1) / step, [&](int64_t task) {
+  parallel_ranges(pool, tokens, step_of(kTaskNumbers, rule.experts), [&](int64_t begin, int64_t end) {
     Router router(rule);
-    for (int64_t i = task * step; i < std::min(tokens, (task + 1) * step); ++i)
+    for (int64_t i = begin; i < end; ++i)
       router.route(logits.typed_data() + i * rule.experts, has_bias ? bias.typed_data() : nullptr,
                    is_reduced ? minimum.typed_data()[i] : 0, is_reduced ? threshold.typed_data()[i] : 0,
                    ids->typed_data() + i * rule.chosen, weights->typed_data() + i * rule.chosen);
