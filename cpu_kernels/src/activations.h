@@ -7,10 +7,14 @@
 
 namespace mla {
 
-// A chunk of 256 columns of 16 rows, as panels of weights meet them: four columns of a row beside those of the next.
+// A chunk of 256 columns of 16 rows, as panels of weights meet them: four columns of a row beside those of the next, or,
+// for tile registers, whole rows.
 struct alignas(64) ActivationTile {
   static constexpr int kRows = 16;
-  int8_t codes[64][kRows][4];
+  union {
+    int8_t codes[64][kRows][4];
+    int8_t rows[kRows][256];
+  };
   float scales[8][kRows], sums32[8][kRows], sums16[16][kRows];
 };
 

@@ -130,28 +130,52 @@ template <class F>
 constexpr decltype(mla::Format::columns) kFloatColumns = nullptr;
 #endif
 
-// More activations: 16 weight rows become a panel, which meets them in turn; the last row stands for missing ones.
+// The tile registers, while some rows of activations need them.
+class TilesInUse {
+ public:
+  TilesInUse(int count, int group) : in_use_(mla::tiles_for(count)) {
+    if (in_use_ != nullptr) in_use_->begin(group);
+  }
+  ~TilesInUse() {
+    if (in_use_ != nullptr) in_use_->end();
+  }
+  TilesInUse(const TilesInUse&) = delete;
+
+ private:
+  const mla::TileProducts* in_use_;
+};
+
+// More activations: 16 weight rows become a panel, the last row standing for missing ones. What 16 activations have in a
+// chunk meets some panels in turn, while it is near.
 template <class F>
 void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
+  constexpr int kPanels = 4;
   thread_local std::vector<float> kept;
-  mla::hold(static_cast<size_t>(x.count) * kPanelRows, &kept);
-  float* const sums = kept.data();
-  IntegerPanel<F> panel;
-  for (int64_t r = begin; r < end; r += kPanelRows) {
-    const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, end - r));
-    std::fill_n(sums, x.count * kPanelRows, 0.0f);
+  const int64_t size = static_cast<int64_t>(x.count) * kPanelRows;
+  mla::hold(kPanels * size, &kept);
+  float* const sums = kept.data();  // [panels, activations, rows]
+  IntegerPanel<F> panels[kPanels];
+  const TilesInUse tiles(x.count, F::kGroup);
+  for (int64_t r = begin; r < end; r += kPanels * kPanelRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(kPanels * kPanelRows, end - r));
+    const int count = (rows + kPanelRows - 1) / kPanelRows;
+    std::fill_n(sums, count * size, 0.0f);
     for (int c = 0; static_cast<int64_t>(c) * kChunk < matrix.size; ++c) {
-      panel.fill(matrix, r, rows, c);
-      panel.multiply(x, c, sums);
+      for (int p = 0; p < count; ++p)
+        panels[p].fill(matrix, r + p * kPanelRows, std::min(kPanelRows, rows - p * kPanelRows), c);
+      for (int first = 0; first < x.count; first += ActivationTile::kRows)
+        for (int p = 0; p < count; ++p) panels[p].multiply(x, first, c, sums + p * size + first * kPanelRows);
     }
-    const auto copy = [&](size_t count) __attribute__((always_inline)) {
-      for (int t = 0; t < x.count; ++t)
-        std::memcpy(out + t * stride + r, sums + t * kPanelRows, sizeof(float) * count);
-    };
-    if (rows == kPanelRows)
-      copy(kPanelRows);  // a constant: GCC copies an unknown number far more slowly
-    else
-      copy(rows);
+    for (int t = 0; t < x.count; ++t)
+      for (int p = 0; p < count; ++p) {
+        float* const to = out + t * stride + r + p * kPanelRows;
+        const float* const from = sums + p * size + t * kPanelRows;
+        const int left = rows - p * kPanelRows;
+        if (left >= kPanelRows)
+          std::memcpy(to, from, sizeof(float) * kPanelRows);  // a constant: GCC copies an unknown number more slowly
+        else
+          std::memcpy(to, from, sizeof(float) * left);
+      }
   }
 }
 

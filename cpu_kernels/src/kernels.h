@@ -51,6 +51,23 @@ struct Selection {
   int64_t num_tiles() const { return (count + ActivationTile::kRows - 1) / ActivationTile::kRows; }
 };
 
+// A chunk of 256 columns of 16 rows of weights, unpacked: four columns of a row beside the same four of the next. Its
+// product with an activation is the sum over `groups` of scale * dot + offset * (sum of the activation), as `Panel` adds.
+struct PanelView {
+  const uint8_t* codes;           // [64][16][4]
+  const float *scales, *offsets;  // [groups][16]
+  int groups;
+};
+
+// Products of panels, whose scales are of `group` columns, with tiles of activations, by tile registers.
+struct TileProducts {
+  static constexpr int kFewest = ActivationTile::kRows + 1;  // fewer meet panels faster in other registers
+  void (*begin)(int group);          // on a thread, before `multiply`
+  void (*end)();
+  // sums[t][k] += dot(activations t, row k) of `count` rows of a tile.
+  void (*multiply)(int group, const PanelView& weights, const ActivationTile& x, int count, float* sums);
+};
+
 // Some vectors that a transposed weight multiplies, and where the results go.
 struct Vectors {
   const float* first;
@@ -202,6 +219,7 @@ struct Kernels {
   void (*attend_head)(const HeadSlots& slots, const Queries& queries, const Partials& partials);
   // Returns a cache type, null where there is none of that name.
   const CacheType* (*cache_type)(std::string_view name);
+  const TileProducts* tile_products = nullptr;
 
   const Format* find(std::string_view format) const {
     for (int i = 0; i < num_formats; ++i)
@@ -215,5 +233,10 @@ struct Kernels {
 extern const bool asks_for_weights;
 
 const Kernels& kernels();  // those in use: the best that this machine has, unless told otherwise
+
+// By what so many rows of activations meet panels, if in tile registers.
+inline const TileProducts* tiles_for(int count) {
+  return count >= TileProducts::kFewest ? kernels().tile_products : nullptr;
+}
 
 }  // namespace mla

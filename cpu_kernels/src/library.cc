@@ -28,6 +28,7 @@ void attend_tiled_latents(const mla::LatentCache& cache, const int32_t* pages, i
                           const mla::Queries& queries, const mla::Partials& partials);
 void round_latents(const mla::LatentCache& cache, const int32_t* pages, int begin, int end, mla::Lanes* out);
 void attend_tiled_head(const mla::HeadSlots& slots, const mla::Queries& queries, const mla::Partials& partials);
+extern const mla::TileProducts tile_products;
 }
 
 namespace mla {
@@ -50,17 +51,18 @@ const Kernels& with_tiles() {
     Kernels kernels = attending_by("amx", amx::attend_tiled_latents);
     kernels.round_latents = amx::round_latents;
     kernels.attend_head = amx::attend_tiled_head;
+    kernels.tile_products = &amx::tile_products;
     return kernels;
   }();
   return all;
 }
 
-// Whether there are tile registers for bfloat16, and the system lets this process use them.
+// Whether there are tile registers for bfloat16 and for bytes, and the system lets this process use them.
 bool has_tiles() {
-  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24, kBytes = 1u << 25;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBfloat16) || !(d & kTiles)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kBfloat16 | kTiles | kBytes))) return false;
   static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
 }

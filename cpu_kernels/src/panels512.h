@@ -188,6 +188,9 @@ inline void fill(const Matrix& matrix, int64_t r, int c, Panel<F::kGroup>* out) 
     _mm512_store_ps(out->scales[g], chunk.scale(g));
     _mm512_store_ps(out->offsets[g], chunk.offset(g));
   }
+  // The next is read after many products, too late for the hardware to look ahead.
+  const uint8_t* const next = chunk.p + kPanelRows * chunk_bytes<F>(matrix);
+  for (int i = 0; i < kPanelRows * chunk_bytes<F>(matrix); i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 
 // Few activations as they lie in memory.
@@ -232,7 +235,7 @@ void multiply_panels_by(const Matrix& matrix, int64_t begin, int64_t end, int co
 }
 
 // Whether that many activations meet panels in registers; more of them meet what `fill` makes.
-constexpr bool few_for_panels(int count) { return count <= ActivationTile::kRows; }
+inline bool few_for_panels(int count) { return count <= ActivationTile::kRows && mla::tiles_for(count) == nullptr; }
 
 template <class F>
 void multiply_in_panels(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out,

@@ -18,9 +18,13 @@ void arrange(const Selection& x, int64_t tile, ActivationTile* out) {
     transpose_words(words, columns);
   };
   for (int64_t c = 0; c < from.chunks(); ++c, ++out) {
-    for (int part = 0; part < 4; ++part)
-      gather([&](int row) { return _mm512_loadu_si512(from.codes_of(row) + c * kChunk + 64 * part); },
-             out->codes[16 * part]);
+    if (mla::tiles_for(x.count) != nullptr)
+      for (int i = 0; i < ActivationTile::kRows; ++i)
+        std::memcpy(out->rows[i], from.codes_of(rows[i]) + c * kChunk, kChunk);
+    else
+      for (int part = 0; part < 4; ++part)
+        gather([&](int row) { return _mm512_loadu_si512(from.codes_of(row) + c * kChunk + 64 * part); },
+               out->codes[16 * part]);
     gather([&](int row) {
       const __m256i scales = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.scales_of(row) + 8 * c));
       const __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.sums32_of(row) + 8 * c));
@@ -143,23 +147,22 @@ struct Panel {
     for (int t = 0; t < kCount; ++t) _mm512_storeu_ps(sums + t * kPanelRows, totals[t]);
   }
 
-  // sums[t][k] += dot(activations t, row k) over the chunk.
-  void multiply(const Selection& x, int chunk, float* sums) const {
-    for (int64_t tile = 0; tile < x.num_tiles(); ++tile) {
-      const ActivationTile& rows = x.tiles[tile * x.source->chunks() + chunk];
-      const int count = x.count - static_cast<int>(tile) * ActivationTile::kRows;
-      int t = 0;
-      const auto meet = [&](auto at_once) {
-        constexpr int kCount = at_once;
-        for (; t + kCount <= std::min(count, ActivationTile::kRows); t += kCount, sums += kCount * kPanelRows)
-          multiply_tile<kCount>(rows, t, sums);
-      };
-      meet(std::integral_constant<int, 16>());
-      meet(std::integral_constant<int, 8>());
-      meet(std::integral_constant<int, 4>());
-      meet(std::integral_constant<int, 2>());
-      meet(std::integral_constant<int, 1>());
-    }
+  // sums[t][k] += dot(activations first + t, row k) over the chunk, of a tile's activations.
+  void multiply(const Selection& x, int first, int chunk, float* sums) const {
+    const ActivationTile& tile = x.tiles[first / ActivationTile::kRows * x.source->chunks() + chunk];
+    const int count = std::min(x.count - first, ActivationTile::kRows);
+    if (const mla::TileProducts* registers = mla::tiles_for(x.count))
+      return registers->multiply(kGroup, {quads[0][0], scales[0], offsets[0], groups}, tile, count, sums);
+    int t = 0;
+    const auto meet = [&](auto at_once) {
+      constexpr int kCount = at_once;
+      for (; t + kCount <= count; t += kCount) multiply_tile<kCount>(tile, t, sums + t * kPanelRows);
+    };
+    meet(std::integral_constant<int, 16>());
+    meet(std::integral_constant<int, 8>());
+    meet(std::integral_constant<int, 4>());
+    meet(std::integral_constant<int, 2>());
+    meet(std::integral_constant<int, 1>());
   }
 };
 

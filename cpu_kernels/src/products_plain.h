@@ -60,20 +60,21 @@ struct Panel {
   void finish(int) {}
 
   template <int kCount>
-  void multiply_tile(const Selection& x, int first, int chunk, float* sums) const {
+  void multiply_some(const Selection& x, int first, int chunk, float* sums) const {
     int places[kCount];
     for (int t = 0; t < kCount; ++t) places[t] = x.row(first + t);
     for (int k = 0; k < kPanelRows; ++k) {
       DotSums<kCount> dots;
       dots.add(rows[k], *x.source, places, chunk);
-      for (int t = 0; t < kCount; ++t) sums[(first + t) * kPanelRows + k] += dots.result(t);
+      for (int t = 0; t < kCount; ++t) sums[t * kPanelRows + k] += dots.result(t);
     }
   }
 
-  void multiply(const Selection& x, int chunk, float* sums) const {
+  void multiply(const Selection& x, int first, int chunk, float* sums) const {
+    const int count = std::min(x.count - first, ActivationTile::kRows);
     int t = 0;
-    for (; t + 4 <= x.count; t += 4) multiply_tile<4>(x, t, chunk, sums);
-    for (; t < x.count; ++t) multiply_tile<1>(x, t, chunk, sums);
+    for (; t + 4 <= count; t += 4) multiply_some<4>(x, first + t, chunk, sums + t * kPanelRows);
+    for (; t < count; ++t) multiply_some<1>(x, first + t, chunk, sums + t * kPanelRows);
   }
 };
 

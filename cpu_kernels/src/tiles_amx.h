@@ -8,18 +8,24 @@
 
 namespace MLA_ISA {
 
+// Makes the tile registers of this thread sums (0 to 3), rows of `bytes` (4 and 5), and columns of as many (6 and 7).
+inline void shape_tiles(int bytes) {
+  const auto row = static_cast<uint16_t>(bytes);
+  const auto words = static_cast<uint8_t>(bytes / 4);
+  const struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  } shapes = {1, 0, {}, {64, 64, 64, 64, row, row, 64, 64}, {16, 16, 16, 16, 16, 16, words, words}};
+  asm volatile("ldtilecfg %0" : : "m"(shapes));
+}
+inline void release_tiles() { asm volatile("tilerelease"); }
+
 // The tile registers of this thread, all of them whole, for as long as this lives.
 class TileRegisters {
  public:
-  TileRegisters() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shapes;
-    asm volatile("ldtilecfg %0" : : "m"(shapes));
-  }
-  ~TileRegisters() { asm volatile("tilerelease"); }
+  TileRegisters() { shape_tiles(64); }
+  ~TileRegisters() { release_tiles(); }
   TileRegisters(const TileRegisters&) = delete;
 };
 
@@ -44,6 +50,11 @@ inline void clear_tile() {
 template <int sums, int rows, int columns>
 inline void add_products() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(rows), "i"(columns));
+}
+// Of signed bytes with unsigned ones.
+template <int sums, int rows, int columns>
+inline void add_byte_products() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(rows), "i"(columns));
 }
 
 // Calls use(0), ..., use(count - 1) with constants.

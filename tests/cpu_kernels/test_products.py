@@ -71,6 +71,15 @@ def test_matmul_is_the_definition(name, instruction_set):
         assert _distance(out, _definition(x, name, 37, _size(name))) < 2e-5
 
 
+@pytest.mark.parametrize("name", FULLY_TESTED)
+def test_long_weights(name, instruction_set):
+    shape = 1211, _size(name, 9)  # several panels of rows at a time for each thread, and some that are left
+    arrays, _ = dispatch.operands(_weight(name, *shape))
+    x = np.random.default_rng(0).standard_normal((35, shape[1])).astype(np.float32)
+    out = np.asarray(cpu_kernels.matmul(jnp.asarray(x), *arrays, format=name))
+    assert _distance(out, _definition(x, name, *shape)) < 2e-5
+
+
 @pytest.mark.parametrize("name", ["q8_0", "f16"])
 def test_rows_do_not_depend_on_their_neighbours(name, instruction_set):
     arrays, _ = dispatch.operands(_weight(name, 40, 256))
