@@ -7,8 +7,8 @@
 
 namespace mla {
 
-// A chunk of 256 columns of 16 rows, as panels of weights meet them: four columns of a row beside those of the next, or,
-// for tile registers, whole rows.
+// A chunk of 256 columns of 16 rows, as panels of weights meet them: four columns of a row beside those of the next, or
+// whole rows where tile registers are used.
 struct alignas(64) ActivationTile {
   static constexpr int kRows = 16;
   union {

@@ -1,4 +1,4 @@
-// What AMX adds to AVX-512: attention by products of tiles of bfloat16 numbers, 16 queries at a time.
+// Attention by products of tiles of bfloat16 numbers, 16 queries at a time.
 //
 // A product of two tiles multiplies pairs of bfloat16 numbers. Scores are keys [slots, pairs] times queries
 // [pairs, 16], so that a query is a lane of what follows. Its weights are turned once more, to be

@@ -77,16 +77,17 @@ void multiply_few(const Matrix& matrix, int64_t end, const Selection& x, float* 
 // 256 columns of 16 rows of quantised weights.
 template <class F>
 struct IntegerPanel : Panel<F::kGroup> {
-  void fill(const Matrix& matrix, int64_t r, int rows, int chunk) {
+  // From row `r` on; after the last chunk that from row `next` on will be wanted.
+  void fill(const Matrix& matrix, int64_t r, int rows, int64_t next, int chunk) {
     if constexpr (kReadsPanels<F>)
-      if (matrix.in_panels) return MLA_ISA::fill<F>(matrix, r, chunk, this);
+      if (matrix.in_panels) return MLA_ISA::fill<F>(matrix, r, next, chunk, this);
     const int64_t bytes = kChunk / matrix.format->block * matrix.format->bytes;
     for (int k = 0; k < kPanelRows; ++k) {
       const int64_t row = r + std::min(k, rows - 1);
       // What comes next lies in as many places as there are rows: more than the hardware looks ahead in.
-      const uint8_t* next = matrix.blocks + row * matrix.row_bytes + (chunk + 1) * bytes;
-      if ((chunk + 1) * kChunk >= matrix.size) next = matrix.blocks + (row + kPanelRows) * matrix.row_bytes;
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
+      const uint8_t* ahead = matrix.blocks + row * matrix.row_bytes + (chunk + 1) * bytes;
+      if ((chunk + 1) * kChunk >= matrix.size) ahead = matrix.blocks + (next + k) * matrix.row_bytes;
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i);
       unpack_fast<F>(matrix, row, chunk, this->row(k));
     }
     this->finish(groups_in<F>(matrix, chunk));
@@ -97,7 +98,7 @@ struct IntegerPanel : Panel<F::kGroup> {
 template <class F>
 void integer_columns(const Matrix& matrix, int64_t r, int rows, int chunk, float (*out)[kPanelRows]) {
   IntegerPanel<F> panel;
-  panel.fill(matrix, r, rows, chunk);
+  panel.fill(matrix, r, rows, r + kPanelRows, chunk);
   for (int i = 0; i < kChunk; ++i) {
     const int g = i / F::kGroup;
     if (g >= panel.groups) {
@@ -130,41 +131,42 @@ template <class F>
 constexpr decltype(mla::Format::columns) kFloatColumns = nullptr;
 #endif
 
-// The tile registers, while some rows of activations need them.
-class TilesInUse {
- public:
-  TilesInUse(int count, int group) : in_use_(mla::tiles_for(count)) {
-    if (in_use_ != nullptr) in_use_->begin(group);
+// The tile registers, if so many rows of activations use them, for as long as this lives.
+struct TilesInUse {
+  const mla::TileProducts* const products;
+
+  TilesInUse(int count, int group) : products(mla::tiles_for(count)) {
+    if (products != nullptr) products->begin(group);
   }
   ~TilesInUse() {
-    if (in_use_ != nullptr) in_use_->end();
+    if (products != nullptr) products->end();
   }
   TilesInUse(const TilesInUse&) = delete;
-
- private:
-  const mla::TileProducts* in_use_;
 };
 
-// More activations: 16 weight rows become a panel, the last row standing for missing ones. What 16 activations have in a
-// chunk meets some panels in turn, while it is near.
+// More activations: 16 weight rows become a panel, the last row standing for missing ones. What 16 activations have in
+// a chunk meets some panels in turn, while it is near.
 template <class F>
 void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out, int64_t stride) {
-  constexpr int kPanels = 4;
+  constexpr int kPanels = 4, kStep = kPanels * kPanelRows;
   thread_local std::vector<float> kept;
   const int64_t size = static_cast<int64_t>(x.count) * kPanelRows;
   mla::hold(kPanels * size, &kept);
   float* const sums = kept.data();  // [panels, activations, rows]
   IntegerPanel<F> panels[kPanels];
   const TilesInUse tiles(x.count, F::kGroup);
-  for (int64_t r = begin; r < end; r += kPanels * kPanelRows) {
-    const int rows = static_cast<int>(std::min<int64_t>(kPanels * kPanelRows, end - r));
+  for (int64_t r = begin; r < end; r += kStep) {
+    const int rows = static_cast<int>(std::min<int64_t>(kStep, end - r));
     const int count = (rows + kPanelRows - 1) / kPanelRows;
     std::fill_n(sums, count * size, 0.0f);
     for (int c = 0; static_cast<int64_t>(c) * kChunk < matrix.size; ++c) {
-      for (int p = 0; p < count; ++p)
-        panels[p].fill(matrix, r + p * kPanelRows, std::min(kPanelRows, rows - p * kPanelRows), c);
+      for (int p = 0; p < count; ++p) {
+        const int before = p * kPanelRows;
+        panels[p].fill(matrix, r + before, std::min(kPanelRows, rows - before), r + before + kStep, c);
+      }
       for (int first = 0; first < x.count; first += ActivationTile::kRows)
-        for (int p = 0; p < count; ++p) panels[p].multiply(x, first, c, sums + p * size + first * kPanelRows);
+        for (int p = 0; p < count; ++p)
+          panels[p].multiply(x, first, c, tiles.products, sums + p * size + first * kPanelRows);
     }
     for (int t = 0; t < x.count; ++t)
       for (int p = 0; p < count; ++p) {

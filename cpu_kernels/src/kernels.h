@@ -52,17 +52,17 @@ struct Selection {
 };
 
 // A chunk of 256 columns of 16 rows of weights, unpacked: four columns of a row beside the same four of the next. Its
-// product with an activation is the sum over `groups` of scale * dot + offset * (sum of the activation), as `Panel` adds.
+// product with an activation is the sum over groups of scale * (scale of the activation) * dot + offset * (its sum).
 struct PanelView {
   const uint8_t* codes;           // [64][16][4]
   const float *scales, *offsets;  // [groups][16]
   int groups;
 };
 
-// Products of panels, whose scales are of `group` columns, with tiles of activations, by tile registers.
+// Products of panels, whose scales are of `group` columns, with tiles of activations, by tile registers of a thread.
 struct TileProducts {
   static constexpr int kFewest = ActivationTile::kRows + 1;  // fewer meet panels faster in other registers
-  void (*begin)(int group);          // on a thread, before `multiply`
+  void (*begin)(int group);  // what `multiply` needs of the registers, which nothing else uses until `end`
   void (*end)();
   // sums[t][k] += dot(activations t, row k) of `count` rows of a tile.
   void (*multiply)(int group, const PanelView& weights, const ActivationTile& x, int count, float* sums);
@@ -219,7 +219,7 @@ struct Kernels {
   void (*attend_head)(const HeadSlots& slots, const Queries& queries, const Partials& partials);
   // Returns a cache type, null where there is none of that name.
   const CacheType* (*cache_type)(std::string_view name);
-  const TileProducts* tile_products = nullptr;
+  const TileProducts* tile_products = nullptr;  // null: panels are met in other registers
 
   const Format* find(std::string_view format) const {
     for (int i = 0; i < num_formats; ++i)
@@ -234,7 +234,7 @@ extern const bool asks_for_weights;
 
 const Kernels& kernels();  // those in use: the best that this machine has, unless told otherwise
 
-// By what so many rows of activations meet panels, if in tile registers.
+// Returns what multiplies so many rows of activations by tile registers; null where other registers do.
 inline const TileProducts* tiles_for(int count) {
   return count >= TileProducts::kFewest ? kernels().tile_products : nullptr;
 }

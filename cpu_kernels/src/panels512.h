@@ -168,16 +168,19 @@ struct PanelChunk<IQ4_KS> : PanelOfSuperblock<IQ4_KS> {
   __m512i codes(int q) const { return non_linear(nibbles_of(word(2 + q / 8 * 4 + q % 4), q % 8 >= 4)); }
 };
 
-// Chunk `c` of the 16 rows from row `r` on.
+// Chunk `c` of the 16 rows from row `r` on, and where it lies.
+template <class F>
+inline const uint8_t* panel_place(const Matrix& matrix, int64_t r, int c) {
+  return matrix.blocks + r * matrix.row_bytes + static_cast<int64_t>(c) * kPanelRows * chunk_bytes<F>(matrix);
+}
 template <class F>
 inline PanelChunk<F> panel_chunk(const Matrix& matrix, int64_t r, int c) {
-  const int64_t place = r * matrix.row_bytes + static_cast<int64_t>(c) * kPanelRows * chunk_bytes<F>(matrix);
-  return PanelChunk<F>(matrix.blocks + place, matrix.header + r * matrix.header_bytes);
+  return PanelChunk<F>(panel_place<F>(matrix, r, c), matrix.header + r * matrix.header_bytes);
 }
 
-// Unpacks a chunk of a panel once for many activations.
+// Unpacks a chunk of a panel once for many activations. After its last the panel from row `next` on will be unpacked.
 template <class F>
-inline void fill(const Matrix& matrix, int64_t r, int c, Panel<F::kGroup>* out) {
+inline void fill(const Matrix& matrix, int64_t r, int64_t next, int c, Panel<F::kGroup>* out) {
   const PanelChunk<F> chunk = panel_chunk<F>(matrix, r, c);
   out->groups = groups_in<F>(matrix, c);
   const int quads = out->groups * Panel<F::kGroup>::kQuads;
@@ -188,9 +191,10 @@ inline void fill(const Matrix& matrix, int64_t r, int c, Panel<F::kGroup>* out) 
     _mm512_store_ps(out->scales[g], chunk.scale(g));
     _mm512_store_ps(out->offsets[g], chunk.offset(g));
   }
-  // The next is read after many products, too late for the hardware to look ahead.
-  const uint8_t* const next = chunk.p + kPanelRows * chunk_bytes<F>(matrix);
-  for (int i = 0; i < kPanelRows * chunk_bytes<F>(matrix); i += 64) __builtin_prefetch(next + i, 0, 2);
+  // That is read after many products, too late for the hardware to look ahead.
+  const bool goes_on = (c + 1) * kChunk < matrix.size;
+  const uint8_t* const ahead = goes_on ? panel_place<F>(matrix, r, c + 1) : panel_place<F>(matrix, next, 0);
+  for (int i = 0; i < kPanelRows * chunk_bytes<F>(matrix); i += 64) __builtin_prefetch(ahead + i, 0, 2);
 }
 
 // Few activations as they lie in memory.
@@ -235,7 +239,8 @@ void multiply_panels_by(const Matrix& matrix, int64_t begin, int64_t end, int co
 }
 
 // Whether that many activations meet panels in registers; more of them meet what `fill` makes.
-inline bool few_for_panels(int count) { return count <= ActivationTile::kRows && mla::tiles_for(count) == nullptr; }
+constexpr bool few_for_panels(int count) { return count <= ActivationTile::kRows; }
+static_assert(!few_for_panels(mla::TileProducts::kFewest));
 
 template <class F>
 void multiply_in_panels(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out,

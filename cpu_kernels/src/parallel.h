@@ -67,8 +67,7 @@ struct alignas(64) Tasks {
 // runs, and waking a thread takes longer than many a product. Then they go back to the pool, and sleep.
 class Helpers {
  public:
-  // Does `count` tasks on this thread, and on up to `most` others that are awake or can be woken: all of the pool but
-  // one.
+  // Does `count` tasks on this thread, and on others that are awake or can be woken: up to `most`, the pool's but one.
   void call(xla::ffi::ThreadPool& pool, int64_t most, int64_t count, Tasks::Run run, const void* body) {
     Tasks* const tasks = claim();
     if (tasks == nullptr) {

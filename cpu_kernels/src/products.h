@@ -1,7 +1,7 @@
 // Sums of products of weights and activations: what is common, and the choice for the instruction set.
 //
 // `IntegerDot<F, m, n>::meet` meets m weight rows with n rows of activations; `Panel<g>` holds 256 columns of 16 weight
-// rows, a scale and an offset for g neighbours, and meets any number of activations.
+// rows, a scale and an offset for g neighbours, and meets up to 16 activations at a time.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,7 @@
 // Products of bytes by the tile registers of AMX: 16 rows of activations with 16 rows of weights at a time.
 #include <immintrin.h>
 
+#include "formats.h"
 #include "kernels.h"
 #include "tiles_amx.h"
 
@@ -11,7 +12,6 @@ using mla::PanelView;
 
 namespace {
 
-constexpr int kChunk = 256;
 using TileDots = int32_t[kRows][kRows];  // of a row of activations with each row of weights
 
 // The dot products over each group: while those of one are stored, the next are under way.
@@ -30,8 +30,8 @@ void multiply_groups(const PanelView& weights, const ActivationTile& x, TileDots
   });
 }
 
-// What the dot products of kCount rows, from row `t` on, come to in groups n, n + 1, ..., as `meet_chunk` orders and
-// adds them.
+// What the dot products of kCount rows, from row `t` on, come to in kGroups groups from the n-th on, in the order of
+// `meet_chunk` and added as there.
 template <int kGroup, int kCount, int kGroups>
 struct GroupSums {
   __m512 of[kCount];
@@ -76,7 +76,10 @@ void multiply_tile(const PanelView& weights, const ActivationTile& x, int count,
 }
 
 void multiply(int group, const PanelView& weights, const ActivationTile& x, int count, float* sums) {
-  group == 32 ? multiply_tile<32>(weights, x, count, sums) : multiply_tile<16>(weights, x, count, sums);
+  if (group == 32)
+    multiply_tile<32>(weights, x, count, sums);
+  else
+    multiply_tile<16>(weights, x, count, sums);
 }
 
 }  // namespace

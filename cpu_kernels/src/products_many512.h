@@ -17,14 +17,13 @@ void arrange(const Selection& x, int64_t tile, ActivationTile* out) {
     for (int i = 0; i < ActivationTile::kRows; ++i) words[i] = words_of(rows[i]);
     transpose_words(words, columns);
   };
+  const bool are_whole = mla::tiles_for(x.count) != nullptr;
   for (int64_t c = 0; c < from.chunks(); ++c, ++out) {
-    if (mla::tiles_for(x.count) != nullptr)
-      for (int i = 0; i < ActivationTile::kRows; ++i)
-        std::memcpy(out->rows[i], from.codes_of(rows[i]) + c * kChunk, kChunk);
-    else
-      for (int part = 0; part < 4; ++part)
-        gather([&](int row) { return _mm512_loadu_si512(from.codes_of(row) + c * kChunk + 64 * part); },
-               out->codes[16 * part]);
+    for (int i = 0; are_whole && i < ActivationTile::kRows; ++i)
+      std::memcpy(out->rows[i], from.codes_of(rows[i]) + c * kChunk, kChunk);
+    for (int part = 0; !are_whole && part < 4; ++part)
+      gather([&](int row) { return _mm512_loadu_si512(from.codes_of(row) + c * kChunk + 64 * part); },
+             out->codes[16 * part]);
     gather([&](int row) {
       const __m256i scales = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.scales_of(row) + 8 * c));
       const __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.sums32_of(row) + 8 * c));
@@ -148,10 +147,10 @@ struct Panel {
   }
 
   // sums[t][k] += dot(activations first + t, row k) over the chunk, of a tile's activations.
-  void multiply(const Selection& x, int first, int chunk, float* sums) const {
+  void multiply(const Selection& x, int first, int chunk, const mla::TileProducts* registers, float* sums) const {
     const ActivationTile& tile = x.tiles[first / ActivationTile::kRows * x.source->chunks() + chunk];
     const int count = std::min(x.count - first, ActivationTile::kRows);
-    if (const mla::TileProducts* registers = mla::tiles_for(x.count))
+    if (registers != nullptr)
       return registers->multiply(kGroup, {quads[0][0], scales[0], offsets[0], groups}, tile, count, sums);
     int t = 0;
     const auto meet = [&](auto at_once) {

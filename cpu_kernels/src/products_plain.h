@@ -70,7 +70,7 @@ struct Panel {
     }
   }
 
-  void multiply(const Selection& x, int first, int chunk, float* sums) const {
+  void multiply(const Selection& x, int first, int chunk, const mla::TileProducts*, float* sums) const {
     const int count = std::min(x.count - first, ActivationTile::kRows);
     int t = 0;
     for (; t + 4 <= count; t += 4) multiply_some<4>(x, first + t, chunk, sums + t * kPanelRows);
@@ -84,7 +84,7 @@ constexpr bool kReadsPanels = false;
 template <class F>
 constexpr bool kTransposesPanels = false;
 template <class F>
-void fill(const Matrix& matrix, int64_t r, int c, Panel<F::kGroup>* out);
+void fill(const Matrix& matrix, int64_t r, int64_t next, int c, Panel<F::kGroup>* out);
 bool few_for_panels(int count);
 template <class F>
 void multiply_in_panels(const Matrix& matrix, int64_t begin, int64_t end, const Selection& x, float* out,

@@ -1,4 +1,4 @@
-// Tile registers of AMX, each of 16 rows of 16 words, and what attention makes of their products.
+// Tile registers of AMX, each of up to 16 rows of 16 words, and what attention makes of their products.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ inline void shape_tiles(int bytes) {
   const auto row = static_cast<uint16_t>(bytes);
   const auto words = static_cast<uint8_t>(bytes / 4);
   const struct alignas(64) {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint8_t palette, start, reserved[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
   } shapes = {1, 0, {}, {64, 64, 64, 64, row, row, 64, 64}, {16, 16, 16, 16, 16, 16, words, words}};

@@ -101,8 +101,8 @@ def test_nothing_is_left_of_the_weight_before(panel_set):
     x = np.random.default_rng(0).standard_normal((35, 256)).astype(np.float32)
     multiply = functools.partial(cpu_kernels.matmul, header=np.zeros((640, 0), np.uint8), format="q8_0")
     short = panels.pack(np.zeros((640, 3, 34), np.uint8), format="q8_0")  # not a whole chunk of 256
+    spoiled = np.full((40, 8, 16 * 34), 0xFF, np.uint8)  # every scale is NaN
     for rows in (1, 2, 5, 35):
-        spoiled = np.full((40, 8, 16 * 34), 0xFF, np.uint8)  # every scale is NaN
         assert np.isnan(multiply(x[:rows], spoiled)).all()
         np.testing.assert_array_equal(multiply(x[:rows, :96], short), 0)
 

@@ -72,12 +72,14 @@ def test_matmul_is_the_definition(name, instruction_set):
 
 
 @pytest.mark.parametrize("name", FULLY_TESTED)
-def test_long_weights(name, instruction_set):
-    shape = 1211, _size(name, 9)  # several panels of rows at a time for each thread, and some that are left
+def test_matmul_with_many_rows_is_the_definition(name, instruction_set):
+    shape = 1211, _size(name, 9)  # for each thread several panels at a time, and some that are left
     arrays, _ = dispatch.operands(_weight(name, *shape))
     x = np.random.default_rng(0).standard_normal((35, shape[1])).astype(np.float32)
     out = np.asarray(cpu_kernels.matmul(jnp.asarray(x), *arrays, format=name))
     assert _distance(out, _definition(x, name, *shape)) < 2e-5
+    alone = cpu_kernels.matmul(jnp.asarray(x[:2]), *arrays, format=name)
+    np.testing.assert_array_equal(alone, out[:2])
 
 
 @pytest.mark.parametrize("name", ["q8_0", "f16"])
